@@ -1,0 +1,274 @@
+//! The running program: what the control thread owns, and its pollers.
+//!
+//! Start-up: reactors → RPC socket → start-up calls of the configuration → subsystems initialised → run-time calls →
+//! ready. Shutdown: subsystems in reverse order, each when the former is done → reactors stopped → exit. The control
+//! thread is a reactor too, unpinned and always ready to sleep.
+
+use std::cell::RefCell;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bdev::{BdevStatus, Manager};
+use iobuf::Registry;
+use reactor::{CpuMask, Handle, IdlePolicy, Polled, Poller, Reactor, Team, Turn};
+use rpc::{Config, MethodTable, Responder, RpcError};
+use serde_json::Value;
+
+use crate::log::LogControl;
+use crate::methods;
+use crate::notify::Notifications;
+use crate::pending::Pending;
+use crate::placement::Placement;
+use crate::shutdown::Shutdown;
+use crate::startup::Startup;
+use crate::state::StateMap;
+use crate::subsystem::{BdevKind, Subsystem};
+
+/// What the program is started with.
+pub struct Options {
+    /// The program's name, as it is called.
+    pub program: &'static str,
+    /// What joins the engine, in the order of initialisation.
+    pub subsystems: Vec<Box<dyn Subsystem>>,
+    /// Cores of the reactors.
+    pub cpumask: CpuMask,
+    /// RPC socket.
+    pub rpc_socket: PathBuf,
+    /// Configuration.
+    pub config: Option<Config>,
+    /// Wait for `framework_start_init` before initialising.
+    pub wait_for_rpc: bool,
+    /// Methods that the socket may call; `None`: all.
+    pub rpcs_allowed: Option<Vec<String>>,
+    /// Go on when a call of the configuration fails.
+    pub ignore_init_errors: bool,
+    /// Idle policy of the reactors at start.
+    pub idle: IdlePolicy,
+    /// Levels of the log.
+    pub log: LogControl,
+    /// Run once the configuration has been carried out, when the program is ready.
+    pub on_ready: Option<OnReady>,
+}
+
+/// See [`Options::on_ready`].
+pub type OnReady = Box<dyn FnOnce(&mut App, &mut Turn<'_>)>;
+
+/// Why the program did not start or did not run to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Reactors.
+    #[error(transparent)]
+    Reactor(#[from] reactor::SetupError),
+    /// RPC socket.
+    #[error(transparent)]
+    Rpc(#[from] rpc::ListenError),
+    /// Configuration.
+    #[error(transparent)]
+    Config(#[from] rpc::ConfigError),
+    /// A call of the configuration failed, or what the program was started for.
+    #[error("{0}")]
+    Call(String),
+    /// `--rpcs-allowed`.
+    #[error("--rpcs-allowed: unknown method {}; rpc_get_methods lists them all", .0.join(", "))]
+    Allowed(Vec<String>),
+    /// Signals or descriptors.
+    #[error("{0}: {1}")]
+    System(&'static str, std::io::Error),
+}
+
+/// What the control thread works on; the context of every RPC handler.
+pub struct App {
+    /// The program's name, as it is called.
+    pub program: &'static str,
+    /// Every bdev.
+    pub manager: Arc<Manager>,
+    /// All methods.
+    pub table: Arc<MethodTable<App>>,
+    /// Data reactors in order of their cores.
+    pub reactors: Vec<Handle>,
+    /// Users of `reactors` that the subsystems spread over them.
+    pub placement: Placement,
+    /// The control thread.
+    pub control: Handle,
+    /// Cores of `reactors`.
+    pub cpumask: CpuMask,
+    /// Ring of events for `notify_get_notifications`.
+    pub notifications: Arc<Notifications>,
+    /// Levels of the log.
+    pub log: LogControl,
+    /// When the program started.
+    pub started: Instant,
+    pub(crate) subsystems: Vec<Rc<dyn Subsystem>>,
+    pub(crate) startup: Startup,
+    pub(crate) shutdown: Shutdown,
+    pub(crate) pending: Pending,
+    /// Why the program ends with an error.
+    pub(crate) failure: Option<Error>,
+    state: StateMap,
+}
+
+/// How messages find the application on the control thread.
+struct AppCell(Rc<RefCell<App>>);
+
+impl App {
+    /// Runs `f` on the control thread with the reactor's context, soon. For handlers that need it.
+    pub fn later(&self, f: impl FnOnce(&mut Self, &mut Turn<'_>) + Send + 'static) {
+        Self::send(&self.control, f);
+    }
+
+    /// Runs `f` on the control thread `control`.
+    pub fn send(control: &Handle, f: impl FnOnce(&mut Self, &mut Turn<'_>) + Send + 'static) {
+        control.send(move |cx| {
+            if let Some(cell) = cx.local::<AppCell>() {
+                f(&mut cell.0.borrow_mut(), cx);
+            }
+        });
+    }
+
+    /// Calls a method as the configuration does; `done` gets the outcome, here, soon or when the method answers.
+    pub fn call(
+        &mut self,
+        method: &str,
+        params: &Value,
+        done: impl FnOnce(&mut Self, &mut Turn<'_>, Result<Value, RpcError>) + Send + 'static,
+    ) {
+        let control = self.control.clone();
+        let answered = move |outcome: rpc::Outcome| {
+            Self::send(&control, move |app, cx| done(app, cx, outcome.map(|reply| reply.to_value())));
+        };
+        let table = self.table.clone();
+        let params = Some(params).filter(|p| !p.is_null());
+        table.call(self, method, params, Responder::new(method, answered));
+    }
+
+    /// The `T` that a subsystem keeps here, once it has been set.
+    pub fn state<T: 'static>(&self) -> Option<Rc<RefCell<T>>> {
+        self.state.get()
+    }
+
+    /// Keeps `value` for [`App::state`], instead of a former `T`.
+    pub fn set_state<T: 'static>(&mut self, value: Rc<RefCell<T>>) {
+        self.state.set(value);
+    }
+
+    /// What the subsystem that made this bdev says of it.
+    pub(crate) fn bdev_kind(&self, bdev: &BdevStatus) -> Option<BdevKind> {
+        self.subsystems.iter().find_map(|s| s.bdev_kind(bdev))
+    }
+}
+
+/// Runs the configuration.
+struct StartupPoller(Rc<RefCell<App>>);
+
+impl Poller for StartupPoller {
+    fn poll(&mut self, cx: &mut Turn<'_>) -> Polled {
+        self.0.borrow_mut().poll_startup(cx).into()
+    }
+}
+
+struct RpcPoller(Rc<RefCell<App>>, rpc::Server<App>);
+
+impl Poller for RpcPoller {
+    fn poll(&mut self, _: &mut Turn<'_>) -> Polled {
+        self.1.poll(&mut self.0.borrow_mut()).into()
+    }
+}
+
+/// SIGINT and SIGTERM, as bytes in a socket pair.
+struct SignalPoller(Rc<RefCell<App>>, std::os::unix::net::UnixStream);
+
+impl Poller for SignalPoller {
+    fn poll(&mut self, cx: &mut Turn<'_>) -> Polled {
+        use std::io::Read;
+        let mut byte = [0];
+        let got = matches!(self.1.read(&mut byte), Ok(1));
+        if got {
+            self.0.borrow_mut().shutdown(cx);
+        }
+        got.into()
+    }
+}
+
+/// Runs the program on the calling thread until a signal or RPC ends it. `started` gets the control thread's handle.
+///
+/// # Errors
+/// [`Error`], in words for the operator.
+pub fn run(options: Options, started: impl FnOnce(&Handle)) -> Result<(), Error> {
+    let manager = Manager::new(Registry::new());
+    let subsystems: Vec<Rc<dyn Subsystem>> = options.subsystems.into_iter().map(Rc::from).collect();
+    let mut control = Reactor::new("control", None, IdlePolicy::Adaptive { spin: Duration::ZERO })?;
+    let table = methods::table(&subsystems);
+    let table = prepare_table(table, options.rpcs_allowed.as_deref(), options.config.as_ref())?;
+    let rpc_server = rpc::Server::listen(&options.rpc_socket, table.clone())?;
+    let team = Team::start(options.cpumask.cores(), options.idle)?;
+    let notifications = Notifications::hook(&manager, control.handle());
+    subsystems.iter().for_each(|s| options.log.add_flags(s.log_flags()));
+    let app = Rc::new(RefCell::new(App {
+        program: options.program,
+        manager,
+        table,
+        reactors: team.handles().to_vec(),
+        placement: Placement::new(team.handles()),
+        control: control.handle(),
+        cpumask: options.cpumask,
+        notifications,
+        log: options.log,
+        started: Instant::now(),
+        subsystems: subsystems.clone(),
+        startup: Startup::new(
+            options.config,
+            options.ignore_init_errors,
+            options.wait_for_rpc,
+            options.on_ready,
+        )?,
+        shutdown: Shutdown::default(),
+        pending: Pending::default(),
+        failure: None,
+        state: StateMap::default(),
+    }));
+    subsystems.iter().for_each(|s| s.prepare(&mut app.borrow_mut()));
+    let added = control.setup(|cx| add_pollers(cx, &app, rpc_server));
+    if added.is_ok() {
+        started(&control.handle());
+        control.run();
+    }
+    drop(team);
+    added?;
+    let failure = app.borrow_mut().failure.take();
+    failure.map_or(Ok(()), Err)
+}
+
+fn prepare_table(
+    mut table: MethodTable<App>,
+    allowed: Option<&[String]>,
+    config: Option<&Config>,
+) -> Result<Arc<MethodTable<App>>, Error> {
+    if let Some(allowed) = allowed {
+        table.set_allowed(allowed).map_err(Error::Allowed)?;
+    }
+    if let Some(config) = config {
+        config.check(&table)?;
+    }
+    Ok(Arc::new(table))
+}
+
+fn add_pollers(cx: &mut Turn<'_>, app: &Rc<RefCell<App>>, server: rpc::Server<App>) -> Result<(), Error> {
+    use std::os::fd::{AsFd, AsRawFd};
+    let system = |what| move |e: std::io::Error| Error::System(what, e);
+    let (signals, writer) = std::os::unix::net::UnixStream::pair().map_err(system("signals"))?;
+    signals.set_nonblocking(true).map_err(system("signals"))?;
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        let writer = writer.try_clone().map_err(system("signals"))?;
+        signal_hook::low_level::pipe::register(signal, writer).map_err(system("signals"))?;
+    }
+    let watch = |cx: &mut Turn<'_>, fd| cx.watch(fd).map_err(|e| Error::System("epoll", e.into()));
+    watch(cx, signals.as_raw_fd())?;
+    watch(cx, server.as_fd().as_raw_fd())?;
+    cx.set_local(Rc::new(AppCell(app.clone())));
+    cx.add_poller("startup", Box::new(StartupPoller(app.clone())));
+    cx.add_poller("rpc", Box::new(RpcPoller(app.clone(), server)));
+    cx.add_poller("signals", Box::new(SignalPoller(app.clone(), signals)));
+    Ok(())
+}

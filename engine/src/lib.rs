@@ -1,0 +1,20 @@
+//! What `rnbd-target` and `rnbd-initiator` share: bdevs and reactors under JSON-RPC, from start-up to shutdown.
+//!
+//! [`app`] is the running program. What it serves bdevs through, or gets them from, joins as a [`Subsystem`]; the
+//! engine knows none by name. [`methods`] are the RPC methods that every program has, [`args`] the command line that
+//! they share, [`placement`] spreads users over reactors.
+
+pub mod app;
+pub mod args;
+pub mod log;
+pub mod methods;
+pub mod notify;
+mod pending;
+pub mod placement;
+mod shutdown;
+mod startup;
+mod state;
+mod subsystem;
+
+pub use app::{App, Error, Options};
+pub use subsystem::{BdevKind, MethodText, ShutdownDone, Subsystem};

@@ -1,0 +1,102 @@
+//! What joins the engine: a front end that offers bdevs, or a module that brings them.
+
+use bdev::BdevStatus;
+use reactor::{Handle, Turn};
+use rpc::MethodTable;
+use serde_json::Value;
+
+use crate::app::{App, Error};
+
+/// A method's documentation: name, result, what it does. The parameters come from the method table.
+pub type MethodText = (&'static str, &'static str, &'static str);
+
+/// A part of the program with methods and a configuration of its own (SPDK's word, `spdk_subsystem`).
+///
+/// Everything here runs on the control thread. A subsystem keeps what it works on in the state map of [`App`], where
+/// its RPC handlers find it with [`App::state`].
+///
+/// The order of calls: [`methods`](Self::methods), [`prepare`](Self::prepare), start-up calls of the configuration,
+/// [`initialise`](Self::initialise), run-time calls, [`shutdown`](Self::shutdown). Subsystems are initialised in the
+/// order of their registration and shut down in reverse, each after the former is done.
+pub trait Subsystem {
+    /// As `framework_get_subsystems` lists it.
+    fn name(&self) -> &'static str;
+
+    /// Subsystems whose configuration is loaded before its own.
+    fn depends_on(&self) -> &'static [&'static str] {
+        &["bdev"]
+    }
+
+    /// Adds its RPC methods.
+    fn methods(&self, table: &mut MethodTable<App>);
+
+    /// One text for each of its methods, for `docs/rpc.md`.
+    fn texts(&self) -> &'static [MethodText];
+
+    /// Flags of `log_set_flag`, each with a crate or module whose events it lets through. A flag may come more than
+    /// once.
+    fn log_flags(&self) -> &'static [(&'static str, &'static str)] {
+        &[]
+    }
+
+    /// Sets the state that start-up methods change.
+    fn prepare(&self, _app: &mut App) {}
+
+    /// Makes it ready for run-time methods.
+    ///
+    /// # Errors
+    /// The program ends with it.
+    fn initialise(&self, app: &mut App, cx: &mut Turn<'_>) -> Result<(), Error>;
+
+    /// The calls that make its present state, for `framework_get_config`.
+    fn config(&self, app: &App) -> Vec<Value>;
+
+    /// Whether a bdev of this name will come later, from a server that is not there yet: calls of the configuration
+    /// that name it wait for it.
+    fn expects_bdev(&self, _app: &App, _name: &str) -> bool {
+        false
+    }
+
+    /// If it made this bdev: how it is listed and made again.
+    fn bdev_kind(&self, _bdev: &BdevStatus) -> Option<BdevKind> {
+        None
+    }
+
+    /// Ends it in order: nothing new is taken on, what is in flight is finished and answered. Completes `done` then,
+    /// at once or later. Called only after [`initialise`](Self::initialise).
+    fn shutdown(&self, app: &mut App, cx: &mut Turn<'_>, done: ShutdownDone);
+
+    /// Gives up what [`shutdown`](Self::shutdown) waits for, which then comes to its end.
+    fn abort(&self, _app: &mut App, _cx: &mut Turn<'_>) {}
+}
+
+/// A bdev as the subsystem that made it knows it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BdevKind {
+    /// Key of its values in `driver_specific` of `bdev_get_bdevs`.
+    pub section: &'static str,
+    /// The call `{method, params}` that makes it, for the configuration of "bdev"; `None` if no call does.
+    pub create: Option<Value>,
+}
+
+/// The promise of a subsystem to come to its end. Dropped, on any thread, it counts as kept: nobody can keep it then.
+#[derive(Debug)]
+#[must_use = "the shutdown goes on when this is dropped"]
+pub struct ShutdownDone(Handle);
+
+impl ShutdownDone {
+    pub(crate) fn new(control: Handle) -> Self {
+        Self(control)
+    }
+
+    /// The subsystem has ended.
+    pub fn complete(self) {
+        drop(self);
+    }
+}
+
+impl Drop for ShutdownDone {
+    fn drop(&mut self) {
+        App::send(&self.0, App::shutdown_next);
+    }
+}

@@ -1,0 +1,169 @@
+//! One connection, on its reactor and as the control thread knows it.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use bdev::Descriptor;
+use nbd_poll::{Buffers, Connection, End, Incoming};
+use nbd_proto::request::Command;
+
+use super::fence::{Fence, Raised};
+
+/// How long a client may take to read its last answers.
+const LINGER: Duration = Duration::from_secs(5);
+/// Turns without work after which a connection is waited for instead of asked. Some tens of microseconds.
+const COLD_AFTER: u32 = 200;
+
+/// What a reactor needs to serve a connection.
+pub(super) struct NewClient {
+    /// Of the connection.
+    pub(super) id: u64,
+    pub(super) socket: OwnedFd,
+    /// Number of the export.
+    pub(super) export: u64,
+    pub(super) descriptor: Descriptor,
+    /// Of the export.
+    pub(super) fence: Fence,
+    /// What its requests are checked against.
+    pub(super) limits: nbd_proto::request::Export,
+    pub(super) stats: Arc<Stats>,
+}
+
+/// Requests of a connection. Written by its reactor only.
+#[derive(Debug, Default)]
+pub(super) struct Stats {
+    pub(super) read_ops: AtomicU64,
+    pub(super) bytes_read: AtomicU64,
+    pub(super) write_ops: AtomicU64,
+    pub(super) bytes_written: AtomicU64,
+    pub(super) other_ops: AtomicU64,
+    pub(super) errors: AtomicU64,
+}
+
+/// With one writer a load and a store are an addition.
+fn add(counter: &AtomicU64, n: u64) {
+    counter.store(counter.load(Ordering::Relaxed) + n, Ordering::Relaxed);
+}
+
+impl Stats {
+    pub(super) fn count(&self, incoming: &Incoming) {
+        let len = u64::from(incoming.request.len());
+        match incoming.request.command() {
+            Command::Read => {
+                add(&self.read_ops, 1);
+                add(&self.bytes_read, len);
+            }
+            Command::Write { .. } => {
+                add(&self.write_ops, 1);
+                add(&self.bytes_written, len);
+            }
+            _ => add(&self.other_ops, 1),
+        }
+    }
+
+    pub(super) fn count_error(&self) {
+        add(&self.errors, 1);
+    }
+}
+
+/// A connection in its lane.
+pub(super) struct Client {
+    pub(super) id: u64,
+    pub(super) connection: Connection,
+    /// Place of its disk in the lane.
+    pub(super) disk: usize,
+    pub(super) stats: Arc<Stats>,
+    /// It is asked every turn.
+    pub(super) hot: bool,
+    quiet_turns: u32,
+    /// Size that requests are checked against, bytes.
+    size: u64,
+    /// It is dropped by then, whether or not the client has read everything.
+    drop_at: Option<Instant>,
+    fence: Fence,
+    raised: Option<Raised>,
+}
+
+impl Client {
+    pub(super) fn new(new: NewClient, disk: usize, buffers: Buffers) -> std::io::Result<Self> {
+        let connection = Connection::new(new.socket, new.limits, buffers)?;
+        Ok(Self {
+            id: new.id,
+            connection,
+            disk,
+            stats: new.stats,
+            hot: false,
+            quiet_turns: 0,
+            size: new.limits.size,
+            drop_at: None,
+            fence: new.fence,
+            raised: None,
+        })
+    }
+
+    /// Takes requests, unless they must wait for those of a connection that broke off. True if anything moved.
+    pub(super) fn receive(&mut self, incoming: &mut Vec<Incoming>) -> bool {
+        if self.fence.is_up() || !self.connection.receive(incoming) {
+            return false;
+        }
+        self.quiet_turns = 0;
+        true
+    }
+
+    /// Holds up others while requests are in flight that nobody waits for any more.
+    pub(super) fn mind_fence(&mut self) {
+        let orderly = matches!(self.connection.end(), None | Some(End::Disconnect));
+        let stale = !orderly && self.connection.in_flight() > 0;
+        if stale != self.raised.is_some() {
+            self.raised = stale.then(|| self.fence.raise());
+        }
+    }
+
+    /// Keeps requests inside a bdev that changes its size.
+    pub(super) fn follow_size(&mut self, size: u64) {
+        if self.size != size {
+            self.size = size;
+            self.connection.resize(size);
+        }
+    }
+
+    /// Takes no more requests.
+    pub(super) fn close(&mut self, now: Instant) {
+        self.connection.stop_receiving();
+        let _ = self.ending(now);
+    }
+
+    /// Starts the clock of a connection that has ended. True if it may be dropped.
+    pub(super) fn ending(&mut self, now: Instant) -> bool {
+        if self.connection.end().is_none() {
+            return false;
+        }
+        if self.connection.is_done() {
+            return true;
+        }
+        // The device may use its buffers until nothing is in flight, however long that takes.
+        let in_flight = self.connection.in_flight() > 0;
+        let drop_at = *self.drop_at.get_or_insert(now + LINGER);
+        !in_flight && drop_at <= now
+    }
+
+    /// For the reactor's sleep.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.drop_at.filter(|_| self.connection.in_flight() == 0)
+    }
+
+    /// Counts quiet turns; true if the connection may be waited for from now on, and its descriptor is armed.
+    pub(super) fn cools(&mut self) -> bool {
+        self.quiet_turns += 1;
+        self.quiet_turns > COLD_AFTER
+            && self.connection.end().is_none()
+            && !self.connection.waits_for_memory()
+            && !self.connection.before_sleep()
+    }
+
+    pub(super) fn warm(&mut self) {
+        self.quiet_turns = 0;
+    }
+}

@@ -1,0 +1,343 @@
+//! The connections of one reactor.
+//!
+//! Connections with traffic are asked every turn; quiet ones are waited for in one epoll set, so that many of them cost
+//! one system call.
+
+use std::cell::RefCell;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+
+use bdev::Completions;
+use iobuf::Registry;
+use nbd_poll::{Buffers, Incoming};
+use nbd_proto::wire::ErrorCode;
+use reactor::{Handle, Polled, Poller, Turn};
+use rustix::event::{Timespec, epoll};
+
+use super::client::{Client, NewClient};
+use super::disk::{Disk, Tag};
+use super::server::Server;
+
+/// Turns with traffic between two looks at quiet connections.
+const LOOK_EVERY: u32 = 16;
+
+pub(super) struct Lane {
+    // Field order is drop order: channels wait until the devices have let go of the memory of the connections.
+    disks: Vec<Option<Disk>>,
+    clients: Vec<Option<Client>>,
+    /// Places of clients that are asked every turn.
+    hot: Vec<u32>,
+    /// Everything of the connections that is made for the first one.
+    base: Option<Base>,
+    registry: Arc<Registry>,
+    control: Handle,
+    turns: u32,
+    incoming: Vec<Incoming>,
+    done: Completions,
+}
+
+struct Base {
+    buffers: Buffers,
+    /// The connections by their places.
+    epoll: OwnedFd,
+}
+
+/// How messages find the lane of a reactor.
+struct LaneCell(Rc<RefCell<Lane>>);
+
+struct LanePoller(Rc<RefCell<Lane>>);
+
+impl Lane {
+    /// Sets up the lane of the reactor of `cx`.
+    pub(super) fn install(cx: &mut Turn<'_>, control: Handle, registry: Arc<Registry>) {
+        let lane = Rc::new(RefCell::new(Self {
+            disks: Vec::new(),
+            clients: Vec::new(),
+            hot: Vec::new(),
+            base: None,
+            registry,
+            control,
+            turns: 0,
+            incoming: Vec::with_capacity(64),
+            done: Vec::with_capacity(256),
+        }));
+        cx.set_local(Rc::new(LaneCell(lane.clone())));
+        cx.add_poller("nbd_server", Box::new(LanePoller(lane)));
+    }
+
+    /// Runs `f` with the lane of `reactor`.
+    pub(super) fn send(reactor: &Handle, f: impl FnOnce(&mut Self, &mut Turn<'_>) + Send + 'static) {
+        reactor.send(move |cx| {
+            if let Some(cell) = cx.local::<LaneCell>() {
+                f(&mut cell.0.borrow_mut(), cx);
+            }
+        });
+    }
+
+    /// Serves a connection. Its end, or that it could not be served, is told to the server.
+    pub(super) fn add(&mut self, cx: &mut Turn<'_>, new: NewClient) {
+        let id = new.id;
+        if let Err(why) = self.try_add(cx, new) {
+            self.tell_end(id, why);
+        }
+    }
+
+    fn try_add(&mut self, cx: &mut Turn<'_>, new: NewClient) -> Result<(), String> {
+        let base = self.base(cx)?;
+        let (buffers, epoll) = (base.buffers.clone(), base.epoll.try_clone().map_err(|e| e.to_string())?);
+        let disk = self.disk(cx, &new)?;
+        let place = self.clients.iter().position(Option::is_none).unwrap_or(self.clients.len());
+        let client = Client::new(new, disk, buffers).and_then(|client| {
+            let data = epoll::EventData::new_u64(place as u64);
+            epoll::add(&epoll, borrow(client.connection.wait_fd()), data, epoll::EventFlags::IN)?;
+            Ok(client)
+        });
+        match client {
+            Ok(client) if place == self.clients.len() => self.clients.push(Some(client)),
+            Ok(client) => self.clients[place] = Some(client),
+            Err(e) => {
+                self.release_disk(cx, disk);
+                return Err(e.to_string());
+            }
+        }
+        self.hot.reserve(self.clients.len());
+        self.heat(place as u32);
+        Ok(())
+    }
+
+    fn base(&mut self, cx: &mut Turn<'_>) -> Result<&Base, String> {
+        if self.base.is_none() {
+            let buffers = Buffers::new(&self.registry).map_err(|e| e.to_string())?;
+            let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| e.to_string())?;
+            cx.watch(epoll.as_raw_fd()).map_err(|e| e.to_string())?;
+            self.base = Some(Base { buffers, epoll });
+        }
+        Ok(self.base.as_ref().expect("just made"))
+    }
+
+    /// The place of the export's disk, with one user more.
+    fn disk(&mut self, cx: &mut Turn<'_>, new: &NewClient) -> Result<usize, String> {
+        let known = self.disks.iter().position(|d| d.as_ref().is_some_and(|d| d.export == new.export));
+        let place = match known {
+            Some(place) => place,
+            None => {
+                let disk = Disk::new(new.export, &new.descriptor).map_err(|e| e.to_string())?;
+                if let Some(fd) = disk.channel.wait_fd() {
+                    cx.watch(fd).map_err(|e| format!("cannot watch an I/O channel: {e}"))?;
+                }
+                let place = self.disks.iter().position(Option::is_none).unwrap_or(self.disks.len());
+                if place == self.disks.len() {
+                    self.disks.push(None);
+                }
+                self.disks[place] = Some(disk);
+                place
+            }
+        };
+        if let Some(disk) = &mut self.disks[place] {
+            disk.users += 1;
+        }
+        Ok(place)
+    }
+
+    fn release_disk(&mut self, cx: &mut Turn<'_>, place: usize) {
+        let Some(disk) = &mut self.disks[place] else { return };
+        disk.users -= 1;
+        if disk.users == 0 {
+            if let Some(fd) = disk.channel.wait_fd() {
+                cx.unwatch(fd);
+            }
+            self.disks[place] = None;
+        }
+    }
+
+    /// Lets the requests in flight of a connection end, then closes it.
+    pub(super) fn close(&mut self, cx: &mut Turn<'_>, id: u64) {
+        let is_it = |c: &Option<Client>| c.as_ref().is_some_and(|c| c.id == id);
+        let Some(place) = self.clients.iter().position(is_it) else { return };
+        if let Some(client) = &mut self.clients[place] {
+            client.close(cx.now);
+        }
+        self.heat(place as u32);
+    }
+
+    /// Closes all connections now. Devices are waited for, answers are not.
+    pub(super) fn abort(&mut self, cx: &mut Turn<'_>) {
+        for disk in self.disks.iter().flatten() {
+            if let Some(fd) = disk.channel.wait_fd() {
+                cx.unwatch(fd);
+            }
+        }
+        self.disks.clear();
+        self.hot.clear();
+        let ids: Vec<u64> = self.clients.drain(..).flatten().map(|c| c.id).collect();
+        ids.into_iter().for_each(|id| self.tell_end(id, "given up at shutdown".into()));
+    }
+
+    fn heat(&mut self, place: u32) {
+        let Some(client) = self.clients.get_mut(place as usize).and_then(Option::as_mut) else { return };
+        client.warm();
+        if !client.hot {
+            client.hot = true;
+            self.hot.push(place);
+        }
+    }
+
+    fn tell_end(&self, id: u64, why: String) {
+        Server::send(&self.control, move |server, cx| server.connection_ended(cx, id, &why));
+    }
+
+    fn poll(&mut self, cx: &mut Turn<'_>) -> bool {
+        self.turns += 1;
+        if self.hot.is_empty() || self.turns >= LOOK_EVERY {
+            self.look_at_quiet_ones();
+        }
+        let mut busy = false;
+        for i in 0..self.hot.len() {
+            busy |= self.receive(self.hot[i]);
+        }
+        for place in 0..self.disks.len() {
+            busy |= self.complete(place);
+        }
+        let mut i = 0;
+        while i < self.hot.len() {
+            let place = self.hot[i];
+            if self.send_answers(cx, place) {
+                i += 1;
+            } else {
+                self.hot.swap_remove(i);
+            }
+        }
+        busy
+    }
+
+    fn look_at_quiet_ones(&mut self) {
+        self.turns = 0;
+        let Some(base) = &self.base else { return };
+        let mut ready =
+            [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 32];
+        // A signal only means that the next look finds them.
+        let n = epoll::wait(&base.epoll, &mut ready[..], Some(&Timespec::default())).unwrap_or(0);
+        for event in &ready[..n] {
+            self.heat(event.data.u64() as u32);
+        }
+    }
+
+    /// Takes requests of one client to its disk.
+    fn receive(&mut self, place: u32) -> bool {
+        let Some(client) = self.clients[place as usize].as_mut() else { return false };
+        let Some(disk) = self.disks[client.disk].as_mut() else { return false };
+        client.follow_size(disk.size());
+        let moved = client.receive(&mut self.incoming);
+        for incoming in self.incoming.drain(..) {
+            client.stats.count(&incoming);
+            let id = incoming.id;
+            if let Err(error) = disk.submit(place, incoming) {
+                client.stats.count_error();
+                client.connection.reply(id, Err(error));
+            }
+        }
+        moved
+    }
+
+    /// Kicks a disk and takes its completions to their clients.
+    fn complete(&mut self, place: usize) -> bool {
+        let Some(disk) = self.disks[place].as_mut() else { return false };
+        if disk.channel.inflight() == 0 {
+            return false;
+        }
+        disk.channel.kick();
+        let mut done = std::mem::take(&mut self.done);
+        done.clear();
+        disk.channel.poll(&mut done);
+        for c in &done {
+            let Some(disk) = self.disks[place].as_mut() else { break };
+            if let Some((tag, result)) = disk.finished(c.cookie, c.status) {
+                self.answer(tag, result);
+            }
+        }
+        let any = !done.is_empty();
+        self.done = done;
+        if any {
+            self.resubmit(place);
+        }
+        any
+    }
+
+    fn resubmit(&mut self, place: usize) {
+        let Some(disk) = self.disks[place].as_mut() else { return };
+        // Allocates only for refusals.
+        let mut refused = Vec::new();
+        disk.resubmit(|tag, error| refused.push((tag, error)));
+        refused.into_iter().for_each(|(tag, error)| self.answer(tag, Err(error)));
+    }
+
+    fn answer(&mut self, tag: Tag, result: Result<(), ErrorCode>) {
+        // Clients stay until all their requests are answered.
+        let Some(client) = self.clients.get_mut(tag.client as usize).and_then(Option::as_mut) else { return };
+        if result.is_err() {
+            client.stats.count_error();
+        }
+        client.connection.reply(tag.request, result);
+        self.heat(tag.client);
+    }
+
+    /// Sends what is ready; false if the client is gone or quiet.
+    fn send_answers(&mut self, cx: &mut Turn<'_>, place: u32) -> bool {
+        let Some(client) = self.clients[place as usize].as_mut() else { return false };
+        client.connection.send();
+        client.mind_fence();
+        if client.ending(cx.now) {
+            self.remove(cx, place);
+            return false;
+        }
+        client.hot = !client.cools();
+        client.hot
+    }
+
+    fn remove(&mut self, cx: &mut Turn<'_>, place: u32) {
+        let Some(client) = self.clients[place as usize].take() else { return };
+        if let Some(base) = &self.base {
+            // Before its descriptor is closed, whose number may be somebody's soon.
+            let _ = epoll::delete(&base.epoll, borrow(client.connection.wait_fd()));
+        }
+        let why = client.connection.end().map_or_else(String::new, ToString::to_string);
+        self.release_disk(cx, client.disk);
+        let id = client.id;
+        drop(client);
+        self.tell_end(id, why);
+    }
+}
+
+fn borrow<'a>(fd: std::os::fd::RawFd) -> BorrowedFd<'a> {
+    // SAFETY: the number of a connection's own epoll descriptor, which is open as long as the connection; it is only
+    // handed to epoll_ctl, while the connection is there.
+    unsafe { BorrowedFd::borrow_raw(fd) }
+}
+
+impl Poller for LanePoller {
+    fn poll(&mut self, cx: &mut Turn<'_>) -> Polled {
+        self.0.borrow_mut().poll(cx).into()
+    }
+
+    fn before_sleep(&mut self, _: &mut Turn<'_>) -> Polled {
+        let lane = &mut *self.0.borrow_mut();
+        // The first turn afterwards looks at everybody.
+        lane.turns = LOOK_EVERY;
+        let mut awake = lane.disks.iter().flatten().any(|d| d.channel.ready());
+        for place in &lane.hot {
+            if let Some(client) = lane.clients[*place as usize].as_mut() {
+                awake |= client.connection.before_sleep();
+            }
+        }
+        awake.into()
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        let lane = self.0.borrow();
+        let disks = lane.disks.iter().flatten().filter_map(|d| d.channel.deadline());
+        let clients = lane.clients.iter().flatten().filter_map(Client::deadline);
+        disks.chain(clients).min()
+    }
+}

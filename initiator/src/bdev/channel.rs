@@ -1,0 +1,186 @@
+//! The data path of a reactor that serves the session: requests go into its [`Disks`], which its lane empties each
+//! turn, and completions come out of them.
+
+use std::cell::RefCell;
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+
+use bdev::{Channel, Completions, IoRequest, Rejected, Status};
+use iobuf::{MapError, Pool, Registry};
+
+use super::disk::RnbdDisk;
+use super::disks::{Device, Disks};
+use super::proxy::RemoteEnd;
+
+/// Buffers per reactor for what cannot go out of its own memory.
+const BOUNCE_BUFFERS: u32 = 32;
+/// Bytes of each: a longer part becomes several.
+const BOUNCE_SIZE: usize = 128 << 10;
+
+thread_local! {
+    /// A bdev makes channels on the thread that asks, and has no other way to learn whose lane is there
+    /// ([`bdev::Bdev::channel`]). Set and cleared by the lane itself.
+    static HERE: RefCell<Weak<Here>> = const { RefCell::new(Weak::new()) };
+}
+
+/// What a reactor has of bdev_rnbd.
+pub(super) struct Here {
+    disks: RefCell<Disks>,
+    registry: Arc<Registry>,
+    /// Channels of other threads: their number and that of theirs in `disks`.
+    remote: RefCell<Vec<(u64, u32)>>,
+    /// Of the reactor, in the list that sessions go by.
+    pub index: usize,
+}
+
+impl Here {
+    /// For the thread's lane, which owns it: the last one wins.
+    pub fn install(index: usize, registry: Arc<Registry>) -> Rc<Self> {
+        let here = Rc::new(Self { disks: RefCell::default(), registry, remote: RefCell::default(), index });
+        HERE.with(|h| *h.borrow_mut() = Rc::downgrade(&here));
+        here
+    }
+
+    /// Of this thread.
+    pub fn get() -> Option<Rc<Self>> {
+        HERE.with(|h| h.borrow().upgrade())
+    }
+
+    /// Runs `f` on that of this thread, if there is one.
+    pub fn with(f: impl FnOnce(&Self)) {
+        if let Some(here) = Self::get() {
+            f(&here);
+        }
+    }
+
+    /// The reactor's devices and requests. Not to be kept borrowed.
+    pub fn disks(&self) -> std::cell::RefMut<'_, Disks> {
+        self.disks.borrow_mut()
+    }
+
+    fn open(&self, disk: &RnbdDisk, remote: Option<RemoteEnd>) -> Result<u32, MapError> {
+        let mut disks = self.disks.borrow_mut();
+        if disks.pool.is_none() {
+            disks.pool = Some(Pool::new(&self.registry, BOUNCE_BUFFERS, BOUNCE_SIZE)?);
+        }
+        let device = match disks.find(disk.number()) {
+            Some(device) => device,
+            None => {
+                let (gate, patience) = disk.gate();
+                let shift = bdev::Bdev::info(disk).block_size.trailing_zeros();
+                disks.devices.insert(Device::new(disk.number(), shift, patience, gate))
+            }
+        };
+        Ok(disks.open_channel(device, remote))
+    }
+
+    /// A channel of another thread.
+    pub fn open_remote(&self, disk: &RnbdDisk, number: u64, end: RemoteEnd) {
+        // Without memory `end` is dropped, which its user hears.
+        match self.open(disk, Some(end)) {
+            Ok(channel) => self.remote.borrow_mut().push((number, channel)),
+            Err(e) => tracing::error!("no bounce buffers: {e}"),
+        }
+    }
+
+    fn remote(&self, number: u64) -> Option<u32> {
+        self.remote.borrow().iter().find(|(n, _)| *n == number).map(|(_, channel)| *channel)
+    }
+
+    /// Requests of another thread.
+    pub fn submit_remote(&self, number: u64, batch: Vec<IoRequest>) {
+        let Some(channel) = self.remote(number) else { return };
+        let mut disks = self.disks.borrow_mut();
+        for request in batch {
+            if let Err(rejected) = disks.submit(channel, request) {
+                disks.refuse_remote(channel, rejected.request.cookie, rejected.status);
+            }
+        }
+    }
+
+    /// That thread has dropped its channel.
+    pub fn close_remote(&self, number: u64) {
+        if let Some(channel) = self.remote(number) {
+            self.remote.borrow_mut().retain(|(n, _)| *n != number);
+            self.disks.borrow_mut().close_channel(channel);
+        }
+    }
+}
+
+/// A channel on a reactor that has a lane.
+pub(super) struct LocalChannel {
+    here: Rc<Here>,
+    channel: u32,
+    /// The device outlives its channels.
+    _disk: Arc<RnbdDisk>,
+}
+
+impl LocalChannel {
+    pub fn open(disk: Arc<RnbdDisk>, here: Rc<Here>) -> Result<Self, MapError> {
+        let channel = here.open(&disk, None)?;
+        Ok(Self { here, channel, _disk: disk })
+    }
+}
+
+impl Channel for LocalChannel {
+    fn submit(&mut self, request: IoRequest) -> Result<(), Rejected> {
+        self.here.disks.borrow_mut().submit(self.channel, request)
+    }
+
+    /// The lane sends at its next turn, which comes before any sleep.
+    fn kick(&mut self) {}
+
+    fn poll(&mut self, done: &mut Completions) -> bool {
+        self.here.disks.borrow_mut().poll_channel(self.channel, done)
+    }
+
+    fn ready(&self) -> bool {
+        self.here.disks.borrow().has_completions(self.channel)
+    }
+}
+
+impl Drop for LocalChannel {
+    /// What was not sent is dropped. Answers to the rest can only come in on this very thread, so they cannot be
+    /// waited for: a read that is in flight may still land in its memory. [`bdev::IoChannel`] is to be dropped when
+    /// nothing is in flight; who cannot wait for that ends the session first.
+    fn drop(&mut self) {
+        let mut disks = self.here.disks.borrow_mut();
+        let left = disks.inflight_of(self.channel);
+        if left > 0 {
+            tracing::error!(left, "an I/O channel was dropped with requests in flight");
+        }
+        disks.close_channel(self.channel);
+    }
+}
+
+/// A channel could not be made.
+pub(super) fn refused(disk: &RnbdDisk, reason: String) -> bdev::ChannelError {
+    bdev::ChannelError { bdev: bdev::Bdev::info(disk).name.clone(), reason }
+}
+
+/// As [`Disks::submit`] would have it.
+impl Disks {
+    fn refuse_remote(&mut self, channel: u32, cookie: u64, status: Status) {
+        let Some(c) = self.channels.get_mut(channel) else { return };
+        c.done.push(bdev::Completion { cookie, status });
+        self.announce.push(channel);
+    }
+
+    /// Parts of a channel's requests that the server has now.
+    fn inflight_of(&self, channel: u32) -> usize {
+        let waiting =
+            |part: u32| self.devices.iter().any(|(_, d)| d.ready.contains(&part) || d.lost.contains(&part));
+        let of_it = |request| self.requests.get(request).is_some_and(|r| r.channel == channel);
+        self.parts.iter().filter(|(i, p)| of_it(p.request) && !waiting(*i)).count()
+    }
+
+    /// Hands completions to the threads that wait for them. At the end of each turn.
+    pub fn announce(&mut self) {
+        while let Some(channel) = self.announce.pop() {
+            let Some(c) = self.channels.get_mut(channel) else { continue };
+            if let (Some(remote), false) = (&c.remote, c.done.is_empty()) {
+                remote.complete(&mut c.done);
+            }
+        }
+    }
+}

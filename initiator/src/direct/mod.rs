@@ -1,0 +1,137 @@
+//! The direct form: `rnbd-initiator map …` maps one device, says how it fares, and lets it go at Ctrl-C.
+//!
+//! It is the ordinary program, which is told by method calls what to do, as any client could. Its words go to standard
+//! output; the log stays on standard error.
+
+mod export;
+mod spec;
+mod watch;
+
+use std::cell::RefCell;
+use std::io::Write;
+use std::rc::Rc;
+use std::time::Duration;
+
+use engine::app::OnReady;
+use engine::{App, Error};
+use reactor::Turn;
+use rpc::RpcError;
+use serde_json::Value;
+
+pub use export::Export;
+pub use spec::Spec;
+
+use watch::Watch;
+
+/// What was asked for.
+#[derive(Clone, Debug)]
+pub struct Direct {
+    /// The device.
+    pub spec: Spec,
+    /// What it becomes here.
+    pub export: Export,
+}
+
+/// How often the state of the connection is looked at.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// A line for the user. Nobody may be reading any more, which is no reason to stop serving.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{line}");
+}
+
+impl Direct {
+    /// Does it, once the program is ready.
+    pub fn on_ready(self) -> OnReady {
+        // Behind the messages of this turn, which end the start: a mapping of the start would be kept though it fails.
+        Box::new(move |app, _| app.later(move |app, _| self.map(app)))
+    }
+
+    /// The program has ended in order.
+    pub fn ended(&self) {
+        say(&format!("{} is closed, session {} disconnected", self.spec.device_path, self.spec.sessname));
+    }
+
+    fn map(self, app: &mut App) {
+        let servers: Vec<String> = self.spec.paths.iter().map(|p| p.dst.to_string()).collect();
+        say(&format!("connecting to {}", servers.join(", ")));
+        app.set_state(Rc::new(RefCell::new(Watch::new(&self.spec))));
+        keep_looking(app);
+        let params = self.spec.params();
+        app.call("bdev_rnbd_map", &params, move |app, cx, answer| match answer {
+            Ok(_) => self.export(app),
+            Err(error) => fail(app, cx, "bdev_rnbd_map", &error),
+        });
+    }
+
+    fn export(self, app: &mut App) {
+        let mut calls = self.export.calls(&self.spec.bdev_name());
+        calls.reverse();
+        self.call_next(app, calls, &Value::Null);
+    }
+
+    /// Makes the last of `calls`, then the others; `result` is that of the call before.
+    fn call_next(self, app: &mut App, mut calls: Vec<(&'static str, Value)>, result: &Value) {
+        let Some((method, params)) = calls.pop() else {
+            let place = self.export.place(result);
+            // What is known by now comes before "ready".
+            return look(app, move |_, _| self.ready(&place));
+        };
+        if app.shutting_down() {
+            return;
+        }
+        app.call(method, &params, move |app, cx, answer| match answer {
+            Ok(result) => self.call_next(app, calls, &result),
+            Err(error) => fail(app, cx, method, &error),
+        });
+    }
+
+    fn ready(&self, place: &str) {
+        say(&format!(
+            "ready: {place} is {} of session {}; Ctrl-C ends it",
+            self.spec.device_path, self.spec.sessname
+        ));
+    }
+}
+
+/// Ends the program because of what `method` said, unless it is ending anyway.
+fn fail(app: &mut App, cx: &mut Turn<'_>, method: &str, error: &RpcError) {
+    if app.shutting_down() {
+        return;
+    }
+    let mut text = error.message.trim_start_matches(&format!("{method}: ")).to_owned();
+    let hint = error.data.as_ref().and_then(|d| d["hint"].as_str());
+    // Those that tell which method to call are of no use here.
+    let about_methods = |hint: &str| app.table.methods().any(|m| hint.contains(m.name));
+    if let Some(hint) = hint.filter(|hint| !about_methods(hint)) {
+        text = format!("{text} ({hint})");
+    }
+    app.fail(cx, Error::Call(text));
+}
+
+/// Says what has changed, again and again.
+fn keep_looking(app: &mut App) {
+    if app.shutting_down() {
+        return say("stopping: requests in flight are finished first");
+    }
+    look(app, |_, cx| {
+        let control = cx.handle().clone();
+        cx.after(LOOK, move |_| App::send(&control, |app, _| keep_looking(app)));
+    });
+}
+
+/// Says what has changed since the last look, then runs `then`.
+fn look(app: &mut App, then: impl FnOnce(&mut App, &mut Turn<'_>) + Send + 'static) {
+    let Some(watch) = app.state::<Watch>() else { return };
+    let (session, device) = watch.borrow().asks();
+    app.call("bdev_rnbd_get_sessions", &session, move |app, _, sessions| {
+        app.call("bdev_rnbd_get_devices", &device, move |app, cx, devices| {
+            if let Some(watch) = app.state::<Watch>() {
+                // Both are unknown until they are made.
+                let (sessions, devices) = (sessions.unwrap_or_default(), devices.unwrap_or_default());
+                watch.borrow_mut().see(&sessions, &devices, cx.now).iter().for_each(|line| say(line));
+            }
+            then(app, cx);
+        });
+    });
+}

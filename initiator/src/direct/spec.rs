@@ -1,0 +1,219 @@
+//! What to map, in the words of the kernel client's `map_device` (drivers/block/rnbd/rnbd-clt-sysfs.c).
+
+use std::net::IpAddr;
+
+use serde_json::{Map, Value, json};
+
+/// As many as the kernel client takes.
+const MAX_PATHS: usize = 6;
+
+/// A device of a server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Spec {
+    /// Name of the session.
+    pub sessname: String,
+    /// Name of the device at the server.
+    pub device_path: String,
+    /// Where the server is, by which of our addresses.
+    pub paths: Vec<Path>,
+    /// What the other words say, as `bdev_rnbd_map` takes it.
+    pub more: Map<String, Value>,
+}
+
+/// One way to the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Path {
+    /// Our address, if it matters.
+    pub src: Option<IpAddr>,
+    /// The server's.
+    pub dst: IpAddr,
+}
+
+impl Spec {
+    /// Reads `key=value` words, in any order.
+    ///
+    /// # Errors
+    /// In words, which say what would be right.
+    pub fn parse(words: &[String]) -> Result<Self, String> {
+        let mut seen = Vec::new();
+        let (mut sessname, mut device_path) = (String::new(), String::new());
+        let (mut paths, mut more) = (Vec::new(), Map::new());
+        for word in words {
+            let (key, value) = word
+                .split_once('=')
+                .ok_or_else(|| format!("'{word}': write key=value; the keys are {}", KEYS.join(", ")))?;
+            if key != "path" && seen.contains(&key) {
+                return Err(format!("{key}= is given twice"));
+            }
+            seen.push(key);
+            match key {
+                "sessname" => sessname = session_name(value)?,
+                "device_path" => device_path = device_name(value)?,
+                "path" => paths.push(Path::parse(value)?),
+                "access_mode" => drop(more.insert(key.into(), access_mode(value)?.into())),
+                "dest_port" => drop(more.insert("trsvcid".into(), port(value)?.into())),
+                "provider" => drop(more.insert(key.into(), value.into())),
+                "reconnect_delay_sec" | "ctrlr_loss_timeout_sec" | "fast_io_fail_timeout_sec" => {
+                    drop(more.insert(key.into(), seconds(key, value)?.into()));
+                }
+                "nr_poll_queues" => {
+                    return Err("nr_poll_queues=: leave it out, reactors always poll under load".into());
+                }
+                _ => return Err(format!("{key}=: no such key; there are {}", KEYS.join(", "))),
+            }
+        }
+        for (key, missing) in [
+            ("sessname", sessname.is_empty()),
+            ("device_path", device_path.is_empty()),
+            ("path", paths.is_empty()),
+        ] {
+            if missing {
+                return Err(format!("{key}= is missing; write, for example: {EXAMPLE}"));
+            }
+        }
+        if paths.len() > MAX_PATHS {
+            return Err(format!("{} paths: at most {MAX_PATHS} are right", paths.len()));
+        }
+        Ok(Self { sessname, device_path, paths, more })
+    }
+
+    /// Name of the bdev: as the kernel names the link in `ctl/devices/`.
+    pub fn bdev_name(&self) -> String {
+        format!("{}@{}", self.device_path.trim_matches('/').replace('/', "!"), self.sessname)
+    }
+
+    /// Parameters of `bdev_rnbd_map`.
+    pub fn params(&self) -> Value {
+        let path = |p: &Path| match p.src {
+            Some(src) => json!({"src": src, "dst": p.dst}),
+            None => json!({"dst": p.dst}),
+        };
+        let mut params = self.more.clone();
+        params.insert("name".into(), self.bdev_name().into());
+        params.insert("sessname".into(), self.sessname.clone().into());
+        params.insert("device_path".into(), self.device_path.clone().into());
+        params.insert("paths".into(), self.paths.iter().map(path).collect());
+        params.into()
+    }
+}
+
+const EXAMPLE: &str = "sessname=s1 path=ip:192.0.2.1 device_path=disk0";
+
+const KEYS: [&str; 9] = [
+    "sessname",
+    "path",
+    "device_path",
+    "access_mode",
+    "dest_port",
+    "provider",
+    "reconnect_delay_sec",
+    "ctrlr_loss_timeout_sec",
+    "fast_io_fail_timeout_sec",
+];
+
+fn session_name(value: &str) -> Result<String, String> {
+    if value.is_empty() || value.len() > 254 || value.contains(['/', '.', '\0']) {
+        return Err(format!("sessname={value}: 1 to 254 bytes without '/' and '.' are right"));
+    }
+    Ok(value.into())
+}
+
+fn device_name(value: &str) -> Result<String, String> {
+    if value.trim_matches('/').is_empty() || value.len() > 254 || value.contains('\0') {
+        return Err(format!("device_path={value}: a name of 1 to 254 bytes is right, such as disk0"));
+    }
+    Ok(value.into())
+}
+
+fn access_mode(value: &str) -> Result<&str, String> {
+    match value {
+        "ro" | "rw" | "migration" => Ok(value),
+        _ => Err(format!("access_mode={value}: use ro, rw or migration")),
+    }
+}
+
+fn port(value: &str) -> Result<String, String> {
+    value
+        .parse::<u16>()
+        .map(|port| port.to_string())
+        .map_err(|_| format!("dest_port={value}: a port number from 0 to 65535 is right"))
+}
+
+fn seconds(key: &str, value: &str) -> Result<i64, String> {
+    value.parse().map_err(|_| format!("{key}={value}: a number of seconds is right"))
+}
+
+impl Path {
+    /// `[SOURCE@]SERVER` or `[SOURCE,]SERVER`, each as `ip:ADDRESS`.
+    fn parse(value: &str) -> Result<Self, String> {
+        let (src, dst) = match value.split_once(['@', ',']) {
+            Some((src, dst)) => (Some(src), dst),
+            None => (None, value),
+        };
+        let address = |text: &str| {
+            let ip = text.strip_prefix("ip:").and_then(|ip| ip.parse::<IpAddr>().ok());
+            ip.ok_or_else(|| match text.strip_prefix("gid:") {
+                Some(_) => format!("path={value}: gid: is not offered; write ip: and an IP address"),
+                None => format!("path={value}: write ip:192.0.2.1, or ip:OUR_ADDRESS@ip:SERVER"),
+            })
+        };
+        Ok(Self { src: src.map(address).transpose()?, dst: address(dst)? })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Spec, String> {
+        Spec::parse(&line.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn the_kernels_own_example() {
+        let spec = parse("sessname=blya path=ip:10.50.100.66 device_path=ram0").unwrap();
+        assert_eq!(spec.bdev_name(), "ram0@blya");
+        let params = json!({"name": "ram0@blya", "sessname": "blya", "device_path": "ram0",
+            "paths": [{"dst": "10.50.100.66"}]});
+        assert_eq!(spec.params(), params);
+    }
+
+    #[test]
+    fn everything_in_any_order() {
+        let spec = parse(
+            "access_mode=ro device_path=/pool/d path=ip:10.0.0.2@ip:10.0.0.1 dest_port=7 sessname=s \
+             path=ip:fd00::2,ip:fd00::1 provider=soft-roce ctrlr_loss_timeout_sec=-1",
+        )
+        .unwrap();
+        let params = json!({"name": "pool!d@s", "sessname": "s", "device_path": "/pool/d", "access_mode": "ro",
+            "trsvcid": "7", "provider": "soft-roce", "ctrlr_loss_timeout_sec": -1,
+            "paths": [{"src": "10.0.0.2", "dst": "10.0.0.1"}, {"src": "fd00::2", "dst": "fd00::1"}]});
+        assert_eq!(spec.params(), params);
+    }
+
+    #[test]
+    fn refusals_say_what_is_right() {
+        let good = "sessname=s device_path=d path=ip:10.0.0.1";
+        for (line, says) in [
+            ("", "sessname= is missing"),
+            ("sessname=s path=ip:10.0.0.1", "device_path= is missing"),
+            ("sessname=s device_path=d", "path= is missing"),
+            (&format!("{good} sessname=t"), "given twice"),
+            (&format!("{good} colour=red"), "no such key; there are sessname"),
+            (&format!("{good} fast"), "write key=value"),
+            (&format!("{good} access_mode=wo"), "ro, rw or migration"),
+            (&format!("{good} dest_port=65536"), "0 to 65535"),
+            (&format!("{good} path=10.0.0.2"), "write ip:192.0.2.1"),
+            (&format!("{good} path=gid:fe80::1"), "gid: is not offered"),
+            (&format!("{good} path=ip:10.0.0.2@"), "write ip:192.0.2.1"),
+            (&format!("{good} nr_poll_queues=1"), "leave it out"),
+            (&format!("{good} reconnect_delay_sec=soon"), "a number of seconds"),
+            (&format!("{good}{}", " path=ip:10.0.0.2".repeat(6)), "at most 6"),
+            ("sessname=a.b device_path=d path=ip:10.0.0.1", "without '/' and '.'"),
+            ("sessname=s device_path=/ path=ip:10.0.0.1", "such as disk0"),
+        ] {
+            let why = parse(line).expect_err(line);
+            assert!(why.contains(says), "{line}: {why}");
+        }
+    }
+}

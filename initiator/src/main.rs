@@ -1,0 +1,18 @@
+//! `rnbd-initiator`: arguments, the direct form, and the exit status.
+
+mod args;
+mod direct;
+mod program;
+
+fn main() -> std::process::ExitCode {
+    let mut direct = None;
+    let options = args::options().map(|(options, mapping)| {
+        direct = mapping;
+        options
+    });
+    engine::args::main_with(program::PROGRAM, options, || {
+        if let Some(direct) = direct {
+            direct.ended();
+        }
+    })
+}

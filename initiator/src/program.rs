@@ -1,0 +1,14 @@
+//! What the program `rnbd-initiator` consists of.
+
+use engine::Subsystem;
+use rnbd_initiator::bdev::BdevRnbd;
+
+/// The program's name.
+pub const PROGRAM: &str = "rnbd-initiator";
+
+/// What joins the engine in this program: remote devices, then the exports, which are shut down before them.
+pub fn subsystems() -> Vec<Box<dyn Subsystem>> {
+    let mut all: Vec<Box<dyn Subsystem>> = vec![Box::new(BdevRnbd::default())];
+    all.extend(exports::subsystems());
+    all
+}

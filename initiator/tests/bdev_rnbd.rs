@@ -1,0 +1,410 @@
+//! bdev_rnbd against a whole target: I/O, losses, resizes, refusals, and what is left at the end.
+
+mod world;
+
+use std::time::{Duration, Instant};
+
+use bdev::Status;
+use rnbd_initiator::bdev::State;
+use rnbd_proto::open::AccessMode;
+use serde_json::json;
+use world::load::Load;
+use world::{Dir, Initiator, Net, Target, malloc, null, until, uring};
+
+/// Reads and writes of every shape on every reactor.
+fn verified_io(net: &Net, rotate: bool) {
+    let target = Target::start(
+        net,
+        &[malloc("m512", 512), malloc("m4k", 4096)],
+        json!({"queue_depth": 64, "rotate_rkeys": rotate}),
+    );
+    let initiator = Initiator::new(net);
+    for (device, sizes) in [("m512", &[1, 7, 128, 500][..]), ("m4k", &[1, 9, 60])] {
+        assert_eq!(initiator.map(initiator.params(device, device)).unwrap(), device);
+        for &blocks in sizes {
+            let loads: Vec<Load> = initiator
+                .reactors
+                .iter()
+                .take(1)
+                .map(|r| Load::start(&initiator.manager, r, device, 8, blocks))
+                .collect();
+            loads.iter().for_each(|l| l.goes_on(200));
+            loads.into_iter().for_each(|l| l.stop().good());
+        }
+        initiator.unmap(device, false).unwrap();
+    }
+    until("the session has gone", || target.paths().is_empty());
+    assert_eq!(initiator.sessions(), [""; 0]);
+}
+
+#[test]
+fn io_of_all_shapes() {
+    verified_io(&Net::loopback(), false);
+}
+
+#[test]
+fn io_of_all_shapes_with_rotating_keys() {
+    verified_io(&Net::loopback(), true);
+}
+
+#[test]
+fn io_of_all_shapes_over_soft_roce() {
+    verified_io(&Net::SoftRoce(1), false);
+}
+
+#[test]
+fn two_reactors_at_once() {
+    let net = Net::loopback();
+    let target = Target::start(&net, &[malloc("a", 512), malloc("b", 512)], json!({"queue_depth": 32}));
+    let initiator = Initiator::new(&net);
+    initiator.map(initiator.params("a", "a")).unwrap();
+    initiator.map(initiator.params("b", "b")).unwrap();
+    assert_eq!(target.paths().len(), 1, "one session for both");
+    let load = |name: &str, i: usize| {
+        let reactor = &initiator.reactors[i % initiator.reactors.len()];
+        Load::start(&initiator.manager, reactor, name, 16, 20)
+    };
+    let loads = [load("a", 0), load("b", 1)];
+    loads.iter().for_each(|l| l.goes_on(500));
+    loads.into_iter().for_each(|l| l.stop().good());
+    initiator.unmap("a", false).unwrap();
+    assert_eq!(target.paths().len(), 1);
+    initiator.unmap("b", false).unwrap();
+    until("the session has gone", || target.paths().is_empty());
+}
+
+/// The only path goes again and again; nothing fails, nothing is lost.
+fn lost_paths(net: &Net, losses: usize) {
+    let target = Target::start(net, &[malloc("m", 512)], json!({"queue_depth": 32}));
+    let initiator = Initiator::new(net);
+    initiator.map(initiator.params("m", "m")).unwrap();
+    let load = Load::start(&initiator.manager, &initiator.reactors[0], "m", 16, 24);
+    for _ in 0..losses {
+        load.goes_on(100);
+        assert_eq!(target.disconnect(""), 1);
+        until("it is back", || target.paths().len() == 1);
+    }
+    load.goes_on(100);
+    load.stop().good();
+    let session = initiator.run(|m| m.sessions(Instant::now(), None).pop()).unwrap();
+    assert!(session.info.unwrap().generation > losses as u64, "it was connected anew each time");
+    initiator.unmap("m", false).unwrap();
+}
+
+#[test]
+fn a_lost_path_is_no_error() {
+    lost_paths(&Net::loopback(), 10);
+}
+
+#[test]
+fn a_lost_path_is_no_error_over_soft_roce() {
+    lost_paths(&Net::SoftRoce(2), 3);
+}
+
+#[test]
+fn one_of_two_paths_is_enough() {
+    let net = Net::loopback();
+    let target = Target::start(&net, &[malloc("m", 512)], json!({"queue_depth": 32}));
+    let initiator = Initiator::new(&net);
+    let mut params = initiator.params("m", "m");
+    params.session.paths.push(net.path(1));
+    initiator.map(params).unwrap();
+    until("both are there", || target.paths().len() == 2);
+    let load = Load::start(&initiator.manager, &initiator.reactors[0], "m", 16, 24);
+    for round in 0..10 {
+        load.goes_on(100);
+        let server = net.address(true, round % 2).to_string();
+        assert_eq!(target.disconnect(&format!("@ip:{server}")), 1, "{:?}", target.paths());
+        load.goes_on(50);
+        assert_eq!(initiator.device("m").state, State::Open);
+        until("both are back", || target.paths().len() == 2);
+    }
+    load.stop().good();
+    let info = initiator.run(|m| m.sessions(Instant::now(), None).pop()).unwrap().info.unwrap();
+    assert_eq!(info.generation, 1, "the session was never lost");
+    assert!(info.paths.iter().map(|p| p.stats.failovers).sum::<u64>() > 0);
+}
+
+/// The server dies with requests in flight, and is started again on the same file.
+#[test]
+fn a_server_that_is_killed_and_comes_back() {
+    let (net, dir) = (Net::loopback(), Dir::new());
+    let bdevs = [uring("u", &dir.file("u", 4 << 20))];
+    let mut target = Target::start(&net, &bdevs, json!({"queue_depth": 32}));
+    let initiator = Initiator::new(&net);
+    initiator.map(initiator.params("d", "u")).unwrap();
+    let load = Load::start(&initiator.manager, &initiator.reactors[0], "d", 16, 16);
+    for _ in 0..3 {
+        load.goes_on(200);
+        target.kill();
+        initiator.wait_state("d", State::Closed);
+        let (done, waited) = (load.done(), Instant::now());
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(load.done() <= done + 16 && load.ended().is_none(), "requests wait");
+        target = Target::start(&net, &bdevs, json!({"queue_depth": 32}));
+        load.goes_on(200);
+        println!("outage of {:?}", waited.elapsed());
+    }
+    load.stop().good();
+    drop(target);
+}
+
+#[test]
+fn io_fails_fast_after_its_time_and_works_again() {
+    let (net, dir) = (Net::loopback(), Dir::new());
+    let bdevs = [uring("u", &dir.file("u", 4 << 20))];
+    let target = Target::start(&net, &bdevs, json!({"queue_depth": 32}));
+    let initiator = Initiator::new(&net);
+    let mut params = initiator.params("d", "u");
+    params.fast_io_fail = Some(Duration::from_millis(400));
+    initiator.map(params).unwrap();
+    let load = Load::start(&initiator.manager, &initiator.reactors[0], "d", 8, 16);
+    load.goes_on(50);
+    target.kill();
+    initiator.wait_state("d", State::Closed);
+    let lost = Instant::now();
+    let done = load.done();
+    until("requests fail", || load.done() > done + 7);
+    let after = lost.elapsed();
+    assert!(after > Duration::from_millis(200) && after < Duration::from_secs(5), "{after:?}");
+    load.ask_to_stop();
+    let outcome = load.outcome();
+    assert!(matches!(outcome.failed, Some((_, Status::TimedOut))), "{outcome:?}");
+    let target = Target::start(&net, &bdevs, json!({"queue_depth": 32}));
+    initiator.wait_state("d", State::Open);
+    let load = Load::start(&initiator.manager, &initiator.reactors[0], "d", 8, 16);
+    load.goes_on(100);
+    load.stop().good();
+    drop(target);
+}
+
+#[test]
+fn a_session_is_given_up_and_mapped_anew() {
+    let (net, dir) = (Net::loopback(), Dir::new());
+    let bdevs = [uring("u", &dir.file("u", 4 << 20))];
+    let target = Target::start(&net, &bdevs, json!({"queue_depth": 32}));
+    let initiator = Initiator::new(&net);
+    let mut params = initiator.params("d", "u");
+    params.session.ctrlr_loss = Some(Duration::from_millis(500));
+    initiator.map(params).unwrap();
+    let load = Load::start(&initiator.manager, &initiator.reactors[0], "d", 8, 16);
+    load.goes_on(50);
+    target.kill();
+    until("it is given up", || initiator.device("d").given_up);
+    let device = initiator.device("d");
+    assert_eq!(device.state, State::Closed);
+    assert!(device.last_error.as_ref().unwrap().contains("no path within"), "{device:?}");
+    load.ask_to_stop();
+    assert!(matches!(load.outcome().failed, Some((_, Status::Gone))));
+    let why = initiator.remap("d").unwrap_err();
+    assert_eq!(why.errno(), 104, "nobody listens: {why}");
+    let target = Target::start(&net, &bdevs, json!({"queue_depth": 32}));
+    assert_eq!(initiator.remap("d").unwrap(), "d");
+    assert_eq!(initiator.remap("d").unwrap_err().errno(), 114, "it is open");
+    let load = Load::start(&initiator.manager, &initiator.reactors[0], "d", 8, 16);
+    load.goes_on(100);
+    load.stop().good();
+    drop(target);
+}
+
+#[test]
+fn resizes_are_noticed() {
+    let net = Net::loopback();
+    let target = Target::start(&net, &[null("n", 20480, 512)], json!({"queue_depth": 32}));
+    let initiator = Initiator::new(&net);
+    let mut params = initiator.params("d", "n");
+    params.resize_check = Some(Duration::from_millis(100));
+    initiator.map(params).unwrap();
+    let blocks = |i: &Initiator| i.device("d").size.unwrap().0;
+    assert_eq!(blocks(&initiator), 20480);
+    let user = initiator.manager.open("d", bdev::Mode::ReadOnly, Box::new(|_| ())).unwrap();
+    target.call("bdev_null_resize", json!({"name": "n", "new_size": 20})).unwrap();
+    until("it grows", || blocks(&initiator) == 40960);
+    assert_eq!(user.blocks(), 40960);
+    // A choice of one's own holds until another is made.
+    assert_eq!(initiator.resize("d", Some(1000)).unwrap(), 1000);
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(blocks(&initiator), 1000);
+    let e = initiator.resize("d", Some(40961)).unwrap_err();
+    assert!(e.errno() == 22 && e.to_string().contains("1 to 40960"), "{e}");
+    assert_eq!(initiator.resize("d", None).unwrap(), 40960);
+    // While the session was away.
+    target.call("bdev_null_resize", json!({"name": "n", "new_size": 30})).unwrap();
+    target.disconnect("");
+    until("it grows again", || blocks(&initiator) == 61440);
+    drop(user);
+}
+
+/// What a server offers under a name may become something else.
+#[test]
+fn another_block_size_fails_the_device_in_words() {
+    let net = Net::loopback();
+    let target = Target::start(&net, &[null("n", 4096, 512)], json!({"queue_depth": 32}));
+    let initiator = Initiator::new(&net);
+    initiator.map(initiator.params("d", "n")).unwrap();
+    let load = Load::start(&initiator.manager, &initiator.reactors[0], "d", 4, 8);
+    load.goes_on(10);
+    target.stop();
+    let target = Target::start(&net, &[null("n", 4096, 4096)], json!({"queue_depth": 32}));
+    until("it is given up", || initiator.device("d").given_up);
+    let device = initiator.device("d");
+    assert!(device.last_error.as_ref().unwrap().contains("4096 bytes now, and was 512"), "{device:?}");
+    load.ask_to_stop();
+    assert!(matches!(load.outcome().failed, Some((_, Status::Gone))));
+    initiator.unmap("d", false).unwrap();
+    initiator.map(initiator.params("d", "n")).unwrap();
+    assert_eq!(initiator.device("d").size, Some((4096, 4096)));
+    drop(target);
+}
+
+#[test]
+fn access_modes_and_refusals() {
+    let net = Net::loopback();
+    let target = Target::start(&net, &[malloc("m", 512), malloc("l", 512)], json!({"queue_depth": 32}));
+    target
+        .call("rnbd_create_export", json!({"device_path": "locked", "bdev_name": "l", "read_only": true}))
+        .unwrap();
+    let initiator = Initiator::new(&net);
+    let mut ro = initiator.params("ro", "m");
+    ro.mode = AccessMode::ReadOnly;
+    initiator.map(ro).unwrap();
+    let e = initiator.manager.open("ro", bdev::Mode::ReadWrite, Box::new(|_| ())).unwrap_err();
+    assert!(matches!(e, bdev::Error::ReadOnly { .. }), "{e}");
+    let errno = |name: &str, device: &str, session: &str| {
+        let mut p = initiator.params(name, device);
+        p.sessname = session.into();
+        let e = initiator.map(p).unwrap_err();
+        (e.errno(), e.to_string(), e.hint().unwrap_or_default())
+    };
+    let (n, text, hint) = errno("x", "locked", "host2");
+    assert_eq!(n, 30, "{text}");
+    assert!(hint.contains("access_mode ro"), "{hint}");
+    let (n, text, hint) = errno("x", "nothing", "host1");
+    assert_eq!(n, 2, "{text}");
+    assert!(text.contains("nothing") && hint.contains("dev_search_path"), "{text} {hint}");
+    assert_eq!(errno("x", "m", "host1").0, 17, "mapped twice in one session");
+    assert_eq!(errno("ro", "other", "host1").0, 17, "the name is taken");
+    let mut p = initiator.params("x", "m");
+    (p.sessname, p.session.paths) = ("host3".into(), Vec::new());
+    let e = initiator.map(p).unwrap_err();
+    assert!(e.errno() == 6 && e.hint().unwrap().contains("paths"), "{e}");
+    let mut p = initiator.params("x", "m");
+    (p.sessname, p.session.port) = ("host4".into(), 9);
+    let e = initiator.map(p).unwrap_err();
+    assert!(e.errno() == 104 && e.to_string().contains("nobody listens"), "{e}");
+    // Two writers.
+    let mut p = initiator.params("w1", "m");
+    p.sessname = "host5".into();
+    initiator.map(p).unwrap();
+    let (n, text, hint) = errno("w2", "m", "host6");
+    assert!(n == 1 && hint.contains("another client"), "{text} {hint}");
+    assert_eq!(initiator.unmap("nothing", false).unwrap_err().errno(), 19);
+    until("nothing is left of what failed", || initiator.sessions() == ["host1", "host5"]);
+    until("nor at the server", || target.paths().len() == 2);
+}
+
+#[test]
+fn unmap_under_load() {
+    let net = Net::loopback();
+    let target = Target::start(&net, &[malloc("m", 512)], json!({"queue_depth": 8}));
+    let initiator = Initiator::new(&net);
+    for round in 0..6 {
+        initiator.map(initiator.params("d", "m")).unwrap();
+        let load = Load::start(&initiator.manager, &initiator.reactors[0], "d", 16, 64);
+        load.goes_on(20);
+        assert_eq!(initiator.unmap("d", false).unwrap_err().errno(), 16, "it is in use");
+        if round % 2 == 1 {
+            // Without a session nothing would let the requests go.
+            target.disconnect("");
+        }
+        initiator.unmap("d", true).unwrap();
+        let outcome = load.outcome();
+        assert_eq!(outcome.mismatch, None);
+        until("the session has gone", || target.paths().is_empty());
+    }
+}
+
+#[test]
+fn a_mapping_that_keeps_trying_waits_for_its_server() {
+    let net = Net::loopback();
+    let initiator = Initiator::new(&net);
+    let mut params = initiator.params("d", "m");
+    params.keep_trying = true;
+    assert_eq!(initiator.map(params).unwrap(), "d");
+    let device = initiator.device("d");
+    assert_eq!((device.state, device.size), (State::Init, None));
+    assert!(device.last_error.unwrap().contains("nobody listens"));
+    assert_eq!(initiator.remap("d").unwrap_err().errno(), 16);
+    let target = Target::start(&net, &[malloc("x", 512)], json!({}));
+    until("the server does not know it", || {
+        initiator.device("d").last_error.is_some_and(|e| e.contains("ENOENT"))
+    });
+    target.call("bdev_malloc_create", json!({"name": "m", "num_blocks": 2048, "block_size": 512})).unwrap();
+    initiator.wait_state("d", State::Open);
+    let load = Load::start(&initiator.manager, &initiator.reactors[0], "d", 4, 16);
+    load.goes_on(8);
+    // The server takes it away, and gives it back.
+    target.call("rnbd_force_close", json!({"session": "host1", "device_path": "m"})).unwrap();
+    load.goes_on(100);
+    load.stop().good();
+    initiator.unmap("d", false).unwrap();
+}
+
+#[test]
+fn paths_come_and_go() {
+    use std::sync::mpsc;
+    let net = Net::loopback();
+    let target = Target::start(&net, &[malloc("m", 512)], json!({"queue_depth": 32}));
+    let initiator = Initiator::new(&net);
+    initiator.map(initiator.params("m", "m")).unwrap();
+    type Answer = Result<(), rnbd_initiator::bdev::MapError>;
+    let control = initiator.control.clone();
+    let path_call = |what: &'static str, path: rnbd_initiator::bdev::PathParam| -> Answer {
+        let (tx, rx) = mpsc::channel();
+        let name = format!("{}@{}", path.src.unwrap(), path.dst);
+        rnbd_initiator::bdev::Maps::send(&control, move |m, cx| {
+            let done = Box::new(move |r| tx.send(r).unwrap());
+            match what {
+                "add" => m.add_path(cx, "host1", path, done),
+                "remove" => m.remove_path(cx, "host1", &name, done),
+                "disconnect" => m.disconnect_path(cx, "host1", &name, done),
+                _ => m.reconnect_path(cx, "host1", &name, done),
+            }
+        });
+        rx.recv_timeout(world::PATIENCE).expect("an answer in time")
+    };
+    let load = Load::start(&initiator.manager, &initiator.reactors[0], "m", 16, 24);
+    path_call("add", net.path(1)).unwrap();
+    assert_eq!(path_call("add", net.path(1)).unwrap_err().errno(), 17);
+    assert_eq!(target.paths().len(), 2);
+    for n in [0, 1] {
+        path_call("disconnect", net.path(n)).unwrap();
+        path_call("disconnect", net.path(n)).unwrap();
+        load.goes_on(50);
+        path_call("reconnect", net.path(n)).unwrap();
+        load.goes_on(50);
+    }
+    path_call("remove", net.path(0)).unwrap();
+    assert_eq!(path_call("remove", net.path(0)).unwrap_err().errno(), 19);
+    load.goes_on(50);
+    // One that cannot be connected is not kept.
+    let e = path_call("add", net.path(7)).unwrap_err();
+    assert_eq!(e.errno(), 104, "{e}");
+    let names = |i: &Initiator| {
+        let info = i.run(|m| m.sessions(Instant::now(), None).pop()).unwrap().info.unwrap();
+        info.paths.iter().map(|p| p.dst.ip()).collect::<Vec<_>>()
+    };
+    until("only the second is left", || names(&initiator) == [net.address(true, 1)]);
+    // All of them down on request: requests wait.
+    path_call("disconnect", net.path(1)).unwrap();
+    initiator.wait_state("m", State::Closed);
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(!initiator.device("m").given_up && load.ended().is_none());
+    path_call("reconnect", net.path(1)).unwrap();
+    load.goes_on(50);
+    load.stop().good();
+    let stats = initiator.run(|m| m.path_stats(Instant::now(), Some("host1"), None)).unwrap();
+    assert!(stats.len() == 1 && stats[0].2.wr_cnt > 0, "{stats:?}");
+    initiator.run(|m| m.reset_path_stats(Instant::now(), None, None)).unwrap();
+    assert_eq!(initiator.run(|m| m.path_stats(Instant::now(), None, None)).unwrap()[0].2.wr_cnt, 0);
+}

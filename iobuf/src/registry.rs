@@ -1,0 +1,127 @@
+//! The table of regions that devices register ahead of time (io_uring fixed buffers).
+//!
+//! The control path adds regions; they leave the table when their last user drops them. Channels on the data path
+//! compare one generation number per request and re-register only when it moved.
+
+use std::os::fd::BorrowedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+
+use crate::region::{MapError, Region};
+
+/// Index of a region in its [`Registry`]; the same number indexes an io_uring's fixed-buffer table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RegionId(u16);
+
+impl RegionId {
+    /// Not in any registry: devices take the unregistered path.
+    pub const NONE: Self = Self(u16::MAX);
+
+    /// The table index, `None` for [`RegionId::NONE`].
+    pub fn index(self) -> Option<u16> {
+        (self != Self::NONE).then_some(self.0)
+    }
+}
+
+/// Regions that all devices of the process should register. Shared by all threads.
+#[derive(Debug, Default)]
+pub struct Registry {
+    /// Shared with the regions, which move it when they go.
+    generation: Arc<AtomicU64>,
+    slots: Mutex<Vec<Weak<Region>>>,
+}
+
+/// The live regions at one generation.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// Compare with [`Registry::generation`].
+    pub generation: u64,
+    /// By [`RegionId::index`]; `None` where a slot is free.
+    pub regions: Vec<Option<Arc<Region>>>,
+}
+
+impl Registry {
+    /// At most this many regions have an id at once; later ones get [`RegionId::NONE`] and work, only slower.
+    pub const CAPACITY: usize = 1024;
+
+    /// An empty registry, to be shared by `Arc`.
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    /// Maps a region of `len` bytes and gives it the first free id.
+    ///
+    /// # Errors
+    /// As [`Region::new`].
+    pub fn map(&self, len: usize) -> Result<Arc<Region>, MapError> {
+        self.add(|id, generation| Region::with_id(len, id, generation))
+    }
+
+    /// Maps `len` bytes at `offset` of the file `fd`, memory that another process shares with this one (a guest's),
+    /// and gives it the first free id. The mapping outlives the descriptor.
+    ///
+    /// Whoever else has the file can shrink it, and touching what is gone kills the process: accept it only from a peer
+    /// that may do that.
+    ///
+    /// # Errors
+    /// `Outside` unless it is whole pages inside the file; `Shared`, the kernel's refusal. Source: mmap(2).
+    pub fn map_shared(&self, fd: BorrowedFd<'_>, offset: u64, len: usize) -> Result<Arc<Region>, MapError> {
+        self.add(|id, generation| Region::shared_with_id(fd, offset, len, id, generation))
+    }
+
+    fn add(
+        &self,
+        make: impl FnOnce(RegionId, Option<Arc<AtomicU64>>) -> Result<Region, MapError>,
+    ) -> Result<Arc<Region>, MapError> {
+        let mut slots = self.slots.lock().unwrap_or_else(|e| e.into_inner());
+        let free = slots.iter().position(|w| w.strong_count() == 0);
+        let index = match free {
+            Some(i) => i,
+            None if slots.len() < Self::CAPACITY => {
+                slots.push(Weak::new());
+                slots.len() - 1
+            }
+            None => return make(RegionId::NONE, None).map(Arc::new),
+        };
+        let region = Arc::new(make(RegionId(index as u16), Some(self.generation.clone()))?);
+        slots[index] = Arc::downgrade(&region);
+        self.generation.fetch_add(1, Ordering::Release);
+        Ok(region)
+    }
+
+    /// Moves whenever a region was added or left. A user who sees it move registers the new ones before their ids are
+    /// used, and lets go of the old ones, whose pages it would keep pinned.
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// The live regions. Control path or once per change: takes a lock and allocates.
+    pub fn snapshot(&self) -> Snapshot {
+        let slots = self.slots.lock().unwrap_or_else(|e| e.into_inner());
+        // The number first: a region that goes meanwhile makes the reader look once more.
+        let generation = self.generation();
+        Snapshot { generation, regions: slots.iter().map(Weak::upgrade).collect() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_reused_and_the_generation_moves() {
+        let reg = Registry::new();
+        let a = reg.map(4096).unwrap();
+        let b = reg.map(4096).unwrap();
+        assert_eq!((a.id().index(), b.id().index()), (Some(0), Some(1)));
+        let before = reg.generation();
+        drop(a);
+        assert_ne!(reg.generation(), before, "a region that goes is announced too");
+        let before = reg.generation();
+        assert!(reg.snapshot().regions[0].is_none());
+        let c = reg.map(4096).unwrap();
+        assert_eq!(c.id().index(), Some(0));
+        assert_ne!(reg.generation(), before);
+        assert_eq!(reg.snapshot().regions.len(), 2);
+    }
+}

@@ -1,0 +1,150 @@
+//! Data memory for requests of one reactor's connections.
+
+use std::sync::Arc;
+
+use iobuf::{Buffer, MapError, Pool, Region, Registry};
+use smallvec::SmallVec;
+
+use crate::Segments;
+
+/// Bytes of a small buffer: most requests of file systems and databases.
+pub const SMALL_BUFFER: usize = 16 << 10;
+/// Bytes of a large buffer: the longest request of a Linux host, unless `max_sectors_kb` was raised.
+pub const LARGE_BUFFER: usize = 128 << 10;
+
+const SMALL_COUNT: u32 = 128;
+const LARGE_COUNT: u32 = 64;
+
+/// Requests of more bytes get memory of their own, one at a time per connection: a request of [`crate::MAX_PAYLOAD`]
+/// would otherwise need all buffers at once.
+const POOLED_MAX: usize = 1 << 20;
+
+/// Pools that the connections of one reactor share: 2 MiB of small and 8 MiB of large buffers. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Buffers {
+    small: Pool,
+    large: Pool,
+}
+
+/// The memory of one request; goes back to its pool when dropped.
+#[derive(Debug, Default)]
+pub(crate) enum Data {
+    /// No data.
+    #[default]
+    None,
+    Pooled(SmallVec<[Buffer; 4]>),
+    /// Outside the pools.
+    Own(Arc<Region>),
+}
+
+impl Buffers {
+    /// Maps the pools in `registry`.
+    ///
+    /// # Errors
+    /// As [`Pool::new`].
+    pub fn new(registry: &Registry) -> Result<Self, MapError> {
+        Ok(Self {
+            small: Pool::new(registry, SMALL_COUNT, SMALL_BUFFER)?,
+            large: Pool::new(registry, LARGE_COUNT, LARGE_BUFFER)?,
+        })
+    }
+
+    /// Whether a request of `len` bytes gets memory of its own.
+    pub(crate) fn is_own(len: usize) -> bool {
+        len > POOLED_MAX
+    }
+
+    /// Memory for `len` bytes outside the pools; `None` if the system has none. A system call.
+    pub(crate) fn own(len: usize) -> Option<Data> {
+        Region::new(len).map(Data::Own).ok()
+    }
+
+    /// Memory for `len` bytes, or `None`: try again when other requests have ended.
+    pub(crate) fn take(&self, len: usize) -> Option<Data> {
+        if len == 0 {
+            return Some(Data::None);
+        }
+        if Self::is_own(len) {
+            return Self::own(len);
+        }
+        if len <= SMALL_BUFFER
+            && let Some(buffer) = self.small.take()
+        {
+            return Some(Data::Pooled(SmallVec::from_iter([buffer])));
+        }
+        let count = len.div_ceil(LARGE_BUFFER);
+        if self.large.available() < count {
+            return None;
+        }
+        Some(Data::Pooled((0..count).filter_map(|_| self.large.take()).collect()))
+    }
+
+    /// Whether the pools have memory for `len` bytes now.
+    pub(crate) fn has(&self, len: usize) -> bool {
+        let small = len <= SMALL_BUFFER && self.small.available() > 0;
+        small || self.large.available() >= len.div_ceil(LARGE_BUFFER)
+    }
+
+    /// Buffers that are lent now, small and large.
+    pub fn in_use(&self) -> (usize, usize) {
+        (SMALL_COUNT as usize - self.small.available(), LARGE_COUNT as usize - self.large.available())
+    }
+}
+
+impl Data {
+    /// The first `len` bytes. Empty if there are fewer.
+    ///
+    /// # Safety
+    /// Keep `self` until the I/O that carries the segments has completed.
+    pub(crate) unsafe fn segments(&self, len: usize) -> Segments {
+        let mut segments = Segments::new();
+        match self {
+            Self::None => {}
+            // SAFETY: the caller keeps `self`, and with it the region.
+            Self::Own(region) => segments.extend(unsafe { region.segment(0, len) }),
+            Self::Pooled(buffers) => {
+                let mut left = len;
+                for buffer in buffers {
+                    let n = left.min(buffer.len());
+                    // SAFETY: as above; each buffer is lent to this request alone.
+                    segments.extend(unsafe { buffer.segment(n) }.filter(|s| s.len > 0));
+                    left -= n;
+                }
+            }
+        }
+        segments
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_gets_what_it_needs_and_gives_it_back() {
+        let buffers = Buffers::new(&Registry::default()).unwrap();
+        for (len, small, large) in
+            [(512, 1, 0), (16384, 1, 0), (16385, 0, 1), (131_072, 0, 1), (600_000, 0, 5)]
+        {
+            let data = buffers.take(len).unwrap();
+            assert_eq!(buffers.in_use(), (small, large), "{len}");
+            // SAFETY: no I/O.
+            let segments = unsafe { data.segments(len) };
+            assert_eq!(segments.iter().map(|s| s.len as usize).sum::<usize>(), len);
+        }
+        assert_eq!(buffers.in_use(), (0, 0));
+        let own = buffers.take(2 << 20).unwrap();
+        assert!(matches!(own, Data::Own(_)));
+        assert_eq!(buffers.in_use(), (0, 0));
+    }
+
+    #[test]
+    fn small_requests_fall_back_to_large_buffers_and_then_wait() {
+        let buffers = Buffers::new(&Registry::default()).unwrap();
+        let taken: Vec<Data> = std::iter::from_fn(|| buffers.take(512)).collect();
+        assert_eq!(taken.len(), (SMALL_COUNT + LARGE_COUNT) as usize);
+        assert!(buffers.take(512).is_none());
+        drop(taken);
+        assert!(buffers.take(POOLED_MAX).is_some());
+    }
+}

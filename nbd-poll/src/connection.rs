@@ -1,0 +1,380 @@
+//! The server's end of one socket in the transmission phase.
+
+use std::io;
+use std::os::fd::{OwnedFd, RawFd};
+
+use nbd_proto::request::{Command, Export, Request};
+use nbd_proto::transmission::{Event, Transmission, Violation, Want};
+use nbd_proto::wire::ErrorCode;
+
+use crate::Segments;
+use crate::buffers::Buffers;
+use crate::outbox::Outbox;
+use crate::slots::{RequestId, Slots};
+use crate::staging::Staging;
+use crate::stream::{Moved, Stream};
+
+/// Most bytes that one request may carry.
+pub const MAX_PAYLOAD: u32 = nbd_proto::request::DEFAULT_MAX_PAYLOAD;
+
+/// System calls of one [`Connection::receive`], so that one connection cannot keep the core.
+const CALLS_PER_TURN: usize = 16;
+/// Requests of one [`Connection::receive`].
+const REQUESTS_PER_TURN: usize = 64;
+/// Pieces of one read: a request's buffers and the staging behind them.
+const MAX_PIECES: usize = 10;
+
+/// Why a connection has ended.
+#[derive(Debug, thiserror::Error)]
+pub enum End {
+    /// The client said good-bye; what is in flight is still answered.
+    #[error("the client has disconnected")]
+    Disconnect,
+    /// The client closed the socket between two requests.
+    #[error("the client has closed the connection")]
+    Closed,
+    /// The client closed the socket in the middle of a request.
+    #[error("the client has closed the connection in the middle of a request")]
+    Truncated,
+    /// The client does not speak NBD.
+    #[error(transparent)]
+    Violation(#[from] Violation),
+    /// The socket failed, or there is no memory for a very long request.
+    #[error("the connection has failed: {0}")]
+    Failed(#[from] io::Error),
+}
+
+/// A request for the upper layer, which answers it once with [`Connection::reply`].
+#[derive(Debug)]
+pub struct Incoming {
+    /// For the answer.
+    pub id: RequestId,
+    /// What to do.
+    pub request: Request,
+    /// `READ`: where the data shall go. `WRITE`: where they are. Else empty. The connection keeps the memory until the
+    /// answer is given, and longer.
+    pub segments: Segments,
+}
+
+/// One socket with its requests. It belongs to one reactor.
+///
+/// Per turn: [`receive`](Self::receive), the upper layer's work, [`reply`](Self::reply) to whatever is done,
+/// [`send`](Self::send). Drop it only when [`in_flight`](Self::in_flight) is 0: until then devices may use its memory.
+#[derive(Debug)]
+pub struct Connection {
+    stream: Stream,
+    machine: Transmission,
+    staging: Staging,
+    slots: Slots,
+    outbox: Outbox,
+    buffers: Buffers,
+    /// The write whose payload is being read.
+    writing: Option<RequestId>,
+    /// A request for which there is no memory now.
+    waiting: Option<Request>,
+    /// Requests that the upper layer has.
+    in_flight: usize,
+    end: Option<End>,
+}
+
+impl Connection {
+    /// Serves `export` on `socket`, whose next byte is the first of a request. `export.max_payload` is at most
+    /// [`MAX_PAYLOAD`].
+    ///
+    /// # Errors
+    /// No descriptors left.
+    pub fn new(socket: OwnedFd, export: Export, buffers: Buffers) -> io::Result<Self> {
+        let export = Export { max_payload: export.max_payload.min(MAX_PAYLOAD), ..export };
+        Ok(Self {
+            stream: Stream::new(socket)?,
+            machine: Transmission::new(export),
+            staging: Staging::new(),
+            slots: Slots::new(),
+            outbox: Outbox::new(),
+            buffers,
+            writing: None,
+            waiting: None,
+            in_flight: 0,
+            end: None,
+        })
+    }
+
+    /// Reads what has arrived, within a budget, and appends complete requests to `out`. True if anything moved.
+    pub fn receive(&mut self, out: &mut Vec<Incoming>) -> bool {
+        let before = out.len();
+        let mut calls = 0;
+        while self.digest(out) && calls < CALLS_PER_TURN && out.len() - before < REQUESTS_PER_TURN {
+            match self.read(out) {
+                Ok(Moved::Some(_)) => calls += 1,
+                Ok(Moved::WouldBlock) => break,
+                Ok(Moved::End) => {
+                    let between = self.staging.is_empty() && self.machine.want() == Want::Header;
+                    self.finish(if between { End::Closed } else { End::Truncated });
+                }
+                Err(e) => self.finish(End::Failed(e)),
+            }
+        }
+        calls > 0 || out.len() > before
+    }
+
+    /// Answers a request. The answer leaves with the next [`Connection::send`].
+    pub fn reply(&mut self, id: RequestId, result: Result<(), ErrorCode>) {
+        if !self.slots.answer(id, result) {
+            debug_assert!(false, "an answer to no request: {id:?}");
+            return;
+        }
+        self.in_flight -= 1;
+        if self.answers() { self.outbox.push(id) } else { self.slots.release(id) }
+    }
+
+    /// Sends what was answered, as far as the socket takes it. Cheap when there is nothing.
+    pub fn send(&mut self) {
+        if self.outbox.is_empty() {
+            return;
+        }
+        match self.outbox.send(&self.stream, &mut self.slots) {
+            Ok(true) => {}
+            Ok(false) => self.finish(End::Closed),
+            Err(e) => self.finish(End::Failed(e)),
+        }
+    }
+
+    /// Why no more requests come; `None` while they do.
+    pub fn end(&self) -> Option<&End> {
+        self.end.as_ref()
+    }
+
+    /// Requests that were handed out and not answered.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Ended, and nothing is left to be answered or sent.
+    pub fn is_done(&self) -> bool {
+        self.end.is_some() && self.in_flight == 0 && self.outbox.is_empty()
+    }
+
+    /// A request waits until others give their memory back: look again when one has been answered.
+    pub fn waits_for_memory(&self) -> bool {
+        self.waiting.is_some()
+    }
+
+    /// Takes no more requests; those in flight are answered.
+    pub fn stop_receiving(&mut self) {
+        if self.end.is_none() {
+            self.finish(End::Disconnect);
+        }
+    }
+
+    /// The size of the export changed, bytes.
+    pub fn resize(&mut self, size: u64) {
+        self.machine.resize(size);
+    }
+
+    /// For epoll: readable when there is something to do. The same for the connection's life.
+    pub fn wait_fd(&self) -> RawFd {
+        self.stream.wait_fd()
+    }
+
+    /// The core is about to sleep: makes [`Connection::wait_fd`] fire for what can go on. True if something can at
+    /// once. Requests that wait for memory or a free slot go on when others are answered.
+    pub fn before_sleep(&mut self) -> bool {
+        let open = self.end.is_none() && self.waiting.is_none() && self.slots.has_room();
+        self.stream.want(open, self.outbox.is_blocked());
+        let staged = !self.staging.is_empty() && self.machine.want() != Want::Header;
+        let sendable = !self.outbox.is_empty() && !self.outbox.is_blocked();
+        // Answers that left meanwhile may have given back what a request waits for.
+        let admissible = self.waiting.is_some_and(|request| self.has_memory_for(&request));
+        admissible || sendable || (open && (staged || self.staging.header().is_some()))
+    }
+
+    /// Answers still reach the client.
+    fn answers(&self) -> bool {
+        matches!(self.end, None | Some(End::Disconnect))
+    }
+
+    /// Works off what is staged. True if more may be read now.
+    fn digest(&mut self, out: &mut Vec<Incoming>) -> bool {
+        let before = out.len();
+        loop {
+            if self.end.is_some() || !self.admit_waiting(out) || out.len() - before >= REQUESTS_PER_TURN {
+                return false;
+            }
+            match self.machine.want() {
+                Want::Nothing => return false,
+                Want::Header => {
+                    let Some(header) = self.staging.header() else { return true };
+                    if !self.slots.has_room() {
+                        return false;
+                    }
+                    self.staging.consume(header.len());
+                    match self.machine.header(&header) {
+                        Ok(Some(event)) => self.event(event, out),
+                        Ok(None) => self.staging.follow(true),
+                        Err(violation) => self.finish(End::Violation(violation)),
+                    }
+                }
+                Want::Payload { left } | Want::Discard { left } => {
+                    if self.staging.is_empty() {
+                        return true;
+                    }
+                    let n = self.take_staged(left);
+                    if let Some(event) = self.machine.payload(n) {
+                        self.event(event, out);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Moves staged bytes to where the payload belongs; returns how many.
+    fn take_staged(&mut self, left: u32) -> u32 {
+        let pieces = self.payload_pieces();
+        let staged = self.staging.peek(left as usize);
+        let (n, mut rest) = (staged.len(), staged);
+        for piece in &pieces {
+            let (now, later) = rest.split_at(rest.len().min(piece.iov_len));
+            // SAFETY: the piece lies in the memory of the write's slot, which nobody else uses before the request is
+            // handed out, and is at least as long as `now`; the staging buffer is elsewhere.
+            unsafe { std::ptr::copy_nonoverlapping(now.as_ptr(), piece.iov_base.cast(), now.len()) };
+            rest = later;
+        }
+        self.staging.consume(n);
+        n as u32
+    }
+
+    /// What is missing of the payload of the present write.
+    fn payload_pieces(&self) -> smallvec::SmallVec<[libc::iovec; MAX_PIECES]> {
+        let mut pieces = smallvec::SmallVec::new();
+        let (Some(id), Some(request), Want::Payload { left }) =
+            (self.writing, self.machine.writing(), self.machine.want())
+        else {
+            return pieces;
+        };
+        let mut skip = (request.payload_len() - left) as usize;
+        // SAFETY: the slot is in use until its request has been answered.
+        for s in unsafe { self.slots.segments(id, request.payload_len() as usize) } {
+            let now = skip.min(s.len as usize);
+            skip -= now;
+            let rest = s.len as usize - now;
+            if rest > 0 {
+                pieces.push(libc::iovec { iov_base: s.as_ptr().wrapping_add(now).cast(), iov_len: rest });
+            }
+        }
+        pieces
+    }
+
+    /// One system call: the rest of a payload where it belongs, and what follows into the staging.
+    fn read(&mut self, out: &mut Vec<Incoming>) -> io::Result<Moved> {
+        let mut discarded = [0u8; 4096];
+        let mut pieces = self.payload_pieces();
+        let mut payload: usize = pieces.iter().map(|p| p.iov_len).sum();
+        if let Want::Discard { left } = self.machine.want() {
+            payload = discarded.len().min(left as usize);
+            pieces.push(libc::iovec { iov_base: discarded.as_mut_ptr().cast(), iov_len: payload });
+        }
+        let ahead = self.staging.room();
+        // After half a payload comes the other half.
+        if !matches!(self.machine.want(), Want::Discard { left } if left as usize > payload) {
+            pieces.push(libc::iovec { iov_base: ahead.as_mut_ptr().cast(), iov_len: ahead.len() });
+        }
+        // SAFETY: the payload's pieces are as in `take_staged`; the others are exclusively borrowed until here.
+        let moved = unsafe { self.stream.read(&pieces) }?;
+        if let Moved::Some(n) = moved {
+            let of_payload = n.min(payload);
+            self.staging.filled(n - of_payload);
+            if of_payload > 0
+                && let Some(event) = self.machine.payload(of_payload as u32)
+            {
+                self.event(event, out);
+            }
+        }
+        Ok(moved)
+    }
+
+    fn event(&mut self, event: Event, out: &mut Vec<Incoming>) {
+        match event {
+            Event::Writing(request) => {
+                self.staging.follow(true);
+                self.waiting = Some(request);
+            }
+            Event::Request(request) => match self.writing.take() {
+                Some(id) => self.hand_out(id, request, out),
+                None => {
+                    self.staging.follow(false);
+                    self.waiting = Some(request);
+                }
+            },
+            Event::Refused(refusal) => {
+                tracing::debug!(%refusal, "NBD");
+                let id = self.slots.enter(refusal.cookie, 0, crate::buffers::Data::None);
+                self.slots.answer(id, Err(refusal.error));
+                self.outbox.push(id);
+            }
+            Event::Disconnect => self.finish(End::Disconnect),
+        }
+    }
+
+    /// Gives memory to the request that waits for it. False if there is none.
+    fn admit_waiting(&mut self, out: &mut Vec<Incoming>) -> bool {
+        let Some(request) = self.waiting else { return true };
+        let has_data = matches!(request.command(), Command::Read | Command::Write { .. });
+        let len = if has_data { request.len() as usize } else { 0 };
+        if Buffers::is_own(len) && self.slots.has_own() {
+            return false;
+        }
+        let pooled = self.buffers.take(len);
+        // Clients that do not read their answers may keep the pools for ever: a connection that has nothing else to
+        // wait for goes on without them.
+        let stuck = self.in_flight == 0 && self.outbox.is_empty();
+        let Some(data) = pooled.or_else(|| stuck.then(|| Buffers::own(len)).flatten()) else {
+            if Buffers::is_own(len) {
+                self.finish(End::Failed(io::ErrorKind::OutOfMemory.into()));
+            }
+            return false;
+        };
+        self.waiting = None;
+        let answer_len = if request.command() == Command::Read { len } else { 0 };
+        let id = self.slots.enter(request.cookie(), answer_len, data);
+        if request.payload_len() > 0 {
+            self.writing = Some(id);
+        } else {
+            self.hand_out(id, request, out);
+        }
+        true
+    }
+
+    /// Whether [`Connection::admit_waiting`] would find memory now.
+    fn has_memory_for(&self, request: &Request) -> bool {
+        let has_data = matches!(request.command(), Command::Read | Command::Write { .. });
+        let len = if has_data { request.len() as usize } else { 0 };
+        let stuck = self.in_flight == 0 && self.outbox.is_empty();
+        if Buffers::is_own(len) { !self.slots.has_own() } else { stuck || self.buffers.has(len) }
+    }
+
+    fn hand_out(&mut self, id: RequestId, request: Request, out: &mut Vec<Incoming>) {
+        let has_data = matches!(request.command(), Command::Read | Command::Write { .. });
+        let len = if has_data { request.len() as usize } else { 0 };
+        // SAFETY: the slot keeps the memory until the request is answered.
+        let segments = unsafe { self.slots.segments(id, len) };
+        self.in_flight += 1;
+        out.push(Incoming { id, request, segments });
+    }
+
+    /// No more requests; the first reason counts, except that a client that is gone takes no answers.
+    fn finish(&mut self, end: End) {
+        if !matches!(end, End::Disconnect) {
+            self.outbox.clear(&mut self.slots);
+            self.stream.forget();
+        }
+        if let Some(id) = self.writing.take() {
+            self.slots.release(id);
+        }
+        self.waiting = None;
+        match &self.end {
+            None => self.end = Some(end),
+            Some(End::Disconnect) => self.end = Some(end),
+            Some(_) => {}
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! A listening socket and the handshakes of those who connected to it.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
+
+use nbd_proto::haggle::{Catalog, Chosen, Outcome, Settings};
+use rustix::event::{Timespec, epoll};
+
+use super::address::{Address, Peer};
+use super::handshake::{Handshake, HandshakeError, Progress};
+use super::socket::Listener;
+
+/// Connections accepted in one turn.
+const ACCEPTS_PER_TURN: usize = 16;
+/// How long to wait with the next accept when descriptors or memory have run out.
+const PAUSE: Duration = Duration::from_millis(200);
+/// Name of the listener in the epoll set; handshakes have their places.
+const LISTENER: u64 = u64::MAX;
+
+/// Limits of an [`Acceptor`].
+#[derive(Clone, Copy, Debug)]
+pub struct AcceptorOptions {
+    /// How the server introduces itself.
+    pub settings: Settings,
+    /// How long a client may take to choose an export.
+    pub timeout: Duration,
+    /// Handshakes at once; more connections wait in the listener's backlog.
+    pub max_handshakes: usize,
+}
+
+impl Default for AcceptorOptions {
+    fn default() -> Self {
+        Self { settings: Settings::default(), timeout: Duration::from_secs(10), max_handshakes: 64 }
+    }
+}
+
+/// A connection in its transmission phase.
+#[derive(Debug)]
+pub struct Accepted {
+    /// Non-blocking; its next byte is the first of a request.
+    pub socket: OwnedFd,
+    /// Who it is.
+    pub peer: Peer,
+    /// What it chose.
+    pub chosen: Chosen,
+}
+
+/// What became of a connection.
+#[derive(Debug)]
+pub enum Event {
+    /// It chose an export.
+    Accepted(Accepted),
+    /// It said good-bye: it only wanted to know something.
+    Left(Peer),
+    /// It was closed.
+    Failed(Peer, HandshakeError),
+    /// Connections cannot be accepted for a moment; it goes on by itself.
+    Paused(io::Error),
+}
+
+/// Accepts, and haggles. Belongs to one thread; polled, and never blocks.
+#[derive(Debug)]
+pub struct Acceptor {
+    epoll: OwnedFd,
+    listener: Listener,
+    options: AcceptorOptions,
+    /// By place; the epoll set knows them by it.
+    handshakes: Vec<Option<Handshake>>,
+    active: usize,
+    /// Nothing is accepted before.
+    paused: Option<Instant>,
+    /// The epoll set reports the listener.
+    listening: bool,
+    stopping: bool,
+}
+
+impl Acceptor {
+    /// Takes connections of `listener`.
+    ///
+    /// # Errors
+    /// No descriptors left.
+    pub fn new(listener: Listener, options: AcceptorOptions) -> io::Result<Self> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        epoll::add(&epoll, &listener, epoll::EventData::new_u64(LISTENER), epoll::EventFlags::IN)?;
+        Ok(Self {
+            epoll,
+            listener,
+            options,
+            handshakes: Vec::new(),
+            active: 0,
+            paused: None,
+            listening: true,
+            stopping: false,
+        })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> &Address {
+        self.listener.address()
+    }
+
+    /// Handshakes going on.
+    pub fn handshakes(&self) -> usize {
+        self.active
+    }
+
+    /// Readable when there is something to do.
+    pub fn wait_fd(&self) -> RawFd {
+        self.epoll.as_fd().as_raw_fd()
+    }
+
+    /// When [`Acceptor::poll`] has something to do though [`Acceptor::wait_fd`] is quiet.
+    pub fn deadline(&self) -> Option<Instant> {
+        let handshakes = self.handshakes.iter().flatten().map(|h| h.deadline);
+        handshakes.chain(self.paused).min()
+    }
+
+    /// Accepts and goes on with what is ready. `room`: connections that there may be besides those known so far,
+    /// handshakes not counted. Appends to `events`; true if there was anything to do.
+    pub fn poll(
+        &mut self,
+        now: Instant,
+        room: usize,
+        catalog: &dyn Catalog,
+        events: &mut Vec<Event>,
+    ) -> bool {
+        let mut ready =
+            [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) };
+                ACCEPTS_PER_TURN * 2];
+        // A signal only means that this turn finds nothing.
+        let n = epoll::wait(&self.epoll, &mut ready[..], Some(&Timespec::default())).unwrap_or(0);
+        for event in &ready[..n] {
+            match event.data.u64() {
+                LISTENER => self.accept(now, room, catalog, events),
+                place => self.turn(place as usize, catalog, events),
+            }
+        }
+        let expired = self.expire(now, events);
+        self.listen_if_possible(now);
+        n > 0 || expired
+    }
+
+    /// Accepts nothing more, and refuses what handshakes still ask for. The socket's file stays until this is dropped.
+    pub fn stop(&mut self) {
+        self.stopping = true;
+        self.handshakes.iter_mut().flatten().for_each(Handshake::stop);
+        self.set_listening(false);
+    }
+
+    /// Closes the handshakes that are going on.
+    pub fn close_handshakes(&mut self, events: &mut Vec<Event>) {
+        for place in 0..self.handshakes.len() {
+            self.fail(place, HandshakeError::Stopped, events);
+        }
+    }
+
+    fn accept(&mut self, now: Instant, room: usize, catalog: &dyn Catalog, events: &mut Vec<Event>) {
+        for _ in 0..ACCEPTS_PER_TURN {
+            if self.stopping || self.paused.is_some() || self.active >= self.options.max_handshakes {
+                return;
+            }
+            match self.listener.accept() {
+                Ok(None) => return,
+                Ok(Some((_, peer))) if self.active >= room => {
+                    events.push(Event::Failed(peer, HandshakeError::Full));
+                }
+                Ok(Some((socket, peer))) => self.begin(now, socket, peer, catalog, events),
+                Err(e) => {
+                    self.paused = Some(now + PAUSE);
+                    events.push(Event::Paused(e));
+                }
+            }
+        }
+    }
+
+    fn begin(
+        &mut self,
+        now: Instant,
+        socket: OwnedFd,
+        peer: Peer,
+        catalog: &dyn Catalog,
+        events: &mut Vec<Event>,
+    ) {
+        let place = self.handshakes.iter().position(Option::is_none).unwrap_or(self.handshakes.len());
+        let data = epoll::EventData::new_u64(place as u64);
+        if let Err(e) = epoll::add(&self.epoll, &socket, data, epoll::EventFlags::IN) {
+            return events.push(Event::Failed(peer, HandshakeError::Failed(e.into())));
+        }
+        if place == self.handshakes.len() {
+            self.handshakes.push(None);
+        }
+        let deadline = now + self.options.timeout;
+        self.handshakes[place] = Some(Handshake::new(socket, peer, self.options.settings, deadline));
+        self.active += 1;
+        self.turn(place, catalog, events);
+    }
+
+    fn turn(&mut self, place: usize, catalog: &dyn Catalog, events: &mut Vec<Event>) {
+        let Some(handshake) = self.handshakes.get_mut(place).and_then(Option::as_mut) else { return };
+        let interest = match handshake.turn(catalog) {
+            Ok(Progress::Read) => epoll::EventFlags::IN,
+            Ok(Progress::Write) => epoll::EventFlags::OUT,
+            Ok(Progress::Done) => return self.done(place, events),
+            Err(e) => return self.fail(place, e, events),
+        };
+        let data = epoll::EventData::new_u64(place as u64);
+        if let Err(e) = epoll::modify(&self.epoll, &handshake.socket, data, interest) {
+            self.fail(place, HandshakeError::Failed(e.into()), events);
+        }
+    }
+
+    fn done(&mut self, place: usize, events: &mut Vec<Event>) {
+        let Some(handshake) = self.take(place) else { return };
+        let peer = handshake.peer;
+        events.push(match handshake.outcome().cloned() {
+            Some(Outcome::Transmission(chosen)) => {
+                Event::Accepted(Accepted { socket: handshake.socket, peer, chosen })
+            }
+            Some(Outcome::Aborted) | None => Event::Left(peer),
+        });
+    }
+
+    fn fail(&mut self, place: usize, why: HandshakeError, events: &mut Vec<Event>) {
+        if let Some(handshake) = self.take(place) {
+            events.push(Event::Failed(handshake.peer, why));
+        }
+    }
+
+    fn take(&mut self, place: usize) -> Option<Handshake> {
+        let handshake = self.handshakes.get_mut(place)?.take()?;
+        // The socket may live on elsewhere, so it must be told to go.
+        let _ = epoll::delete(&self.epoll, &handshake.socket);
+        self.active -= 1;
+        Some(handshake)
+    }
+
+    fn expire(&mut self, now: Instant, events: &mut Vec<Event>) -> bool {
+        let before = events.len();
+        for place in 0..self.handshakes.len() {
+            if self.handshakes[place].as_ref().is_some_and(|h| h.deadline <= now) {
+                self.fail(place, HandshakeError::TimedOut, events);
+            }
+        }
+        events.len() > before
+    }
+
+    /// A listener that nobody accepts from would keep the thread awake.
+    fn listen_if_possible(&mut self, now: Instant) {
+        if self.paused.is_some_and(|until| until <= now) {
+            self.paused = None;
+        }
+        let full = self.active >= self.options.max_handshakes;
+        self.set_listening(!self.stopping && self.paused.is_none() && !full);
+    }
+
+    fn set_listening(&mut self, on: bool) {
+        if on == self.listening {
+            return;
+        }
+        let interest = if on { epoll::EventFlags::IN } else { epoll::EventFlags::empty() };
+        let data = epoll::EventData::new_u64(LISTENER);
+        if epoll::modify(&self.epoll, &self.listener, data, interest).is_ok() {
+            self.listening = on;
+        }
+    }
+}

@@ -1,0 +1,109 @@
+//! Answers on their way out: as many as fit in one system call, in the order in which they were given.
+
+use std::collections::VecDeque;
+use std::io;
+
+use crate::slots::{MAX_IN_FLIGHT, RequestId, Slots};
+use crate::stream::{Moved, Stream};
+
+/// Pieces of one call: 32 answers with their headers and data in one segment each.
+const MAX_PIECES: usize = 64;
+
+/// Answers that are not (wholly) sent.
+#[derive(Debug)]
+pub(crate) struct Outbox {
+    queue: VecDeque<RequestId>,
+    /// Bytes of the first that are sent.
+    sent: usize,
+    /// The socket is full.
+    blocked: bool,
+}
+
+impl Outbox {
+    pub(crate) fn new() -> Self {
+        Self { queue: VecDeque::with_capacity(MAX_IN_FLIGHT), sent: 0, blocked: false }
+    }
+
+    pub(crate) fn push(&mut self, id: RequestId) {
+        self.queue.push_back(id);
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    pub(crate) fn is_blocked(&self) -> bool {
+        self.blocked
+    }
+
+    /// Sends until there is nothing left or the socket is full. `Ok(false)`: the peer is gone.
+    pub(crate) fn send(&mut self, stream: &Stream, slots: &mut Slots) -> io::Result<bool> {
+        self.blocked = false;
+        while !self.queue.is_empty() {
+            let mut pieces = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; MAX_PIECES];
+            let count = self.gather(slots, &mut pieces);
+            // SAFETY: headers and data belong to slots, which are only released below, after the call; the device is
+            // done with the data, so nobody changes it.
+            match unsafe { stream.write(&mut pieces[..count]) }? {
+                Moved::Some(n) => self.advance(n, slots),
+                Moved::WouldBlock => {
+                    self.blocked = true;
+                    break;
+                }
+                Moved::End => return Ok(false),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Lists the pieces of as many answers as there is room for, less what is sent; returns how many pieces.
+    fn gather(&self, slots: &Slots, pieces: &mut [libc::iovec; MAX_PIECES]) -> usize {
+        let (mut count, mut skip) = (0, self.sent);
+        for id in &self.queue {
+            // SAFETY: the slot stays in use until the answer is sent.
+            let (header, data) = unsafe { slots.reply(*id) };
+            let header = (header.as_ptr().cast_mut(), header.len());
+            for (base, len) in
+                std::iter::once(header).chain(data.iter().map(|s| (s.as_ptr(), s.len as usize)))
+            {
+                if skip >= len {
+                    skip -= len;
+                    continue;
+                }
+                if count == MAX_PIECES {
+                    return count;
+                }
+                // `skip` is less than `len`, so this stays inside the piece.
+                let base = base.wrapping_add(skip);
+                pieces[count] = libc::iovec { iov_base: base.cast(), iov_len: len - skip };
+                skip = 0;
+                count += 1;
+            }
+        }
+        count
+    }
+
+    /// `n` more bytes are sent.
+    fn advance(&mut self, n: usize, slots: &mut Slots) {
+        self.sent += n;
+        while let Some(id) = self.queue.front().copied() {
+            let len = slots.reply_len(id);
+            if self.sent < len {
+                return;
+            }
+            self.sent -= len;
+            slots.release(id);
+            self.queue.pop_front();
+        }
+        debug_assert_eq!(self.sent, 0);
+    }
+
+    /// Nobody waits for the answers any more.
+    pub(crate) fn clear(&mut self, slots: &mut Slots) {
+        for id in self.queue.drain(..) {
+            slots.release(id);
+        }
+        self.sent = 0;
+        self.blocked = false;
+    }
+}

@@ -1,0 +1,97 @@
+//! Bytes that were read ahead: headers, and the beginnings of payloads.
+
+use nbd_proto::wire::REQUEST_LEN;
+
+/// Headers read at once while requests have no payload.
+const AHEAD: usize = 32;
+
+/// A little buffer in front of the socket.
+///
+/// How far it reads ahead follows the requests: after one without a payload, headers of 32 more, so that a queue of
+/// reads arrives with one system call; after a write just one header, because what follows that is another payload
+/// most likely, which should go straight to its own buffer.
+#[derive(Debug)]
+pub(crate) struct Staging {
+    bytes: Box<[u8; AHEAD * REQUEST_LEN]>,
+    start: usize,
+    end: usize,
+    ahead: usize,
+}
+
+impl Staging {
+    pub(crate) fn new() -> Self {
+        Self { bytes: Box::new([0; AHEAD * REQUEST_LEN]), start: 0, end: 0, ahead: AHEAD }
+    }
+
+    /// A whole header, if there is one.
+    pub(crate) fn header(&self) -> Option<[u8; REQUEST_LEN]> {
+        self.bytes[self.start..self.end].first_chunk().copied()
+    }
+
+    /// At most `max` of the staged bytes.
+    pub(crate) fn peek(&self, max: usize) -> &[u8] {
+        &self.bytes[self.start..self.end.min(self.start.saturating_add(max))]
+    }
+
+    pub(crate) fn consume(&mut self, n: usize) {
+        self.start += n;
+        debug_assert!(self.start <= self.end);
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.start == self.end
+    }
+
+    /// The next request decides how far to read ahead.
+    pub(crate) fn follow(&mut self, has_payload: bool) {
+        self.ahead = if has_payload { 1 } else { AHEAD };
+    }
+
+    /// Room for the next read.
+    pub(crate) fn room(&mut self) -> &mut [u8] {
+        self.bytes.copy_within(self.start..self.end, 0);
+        self.end -= self.start;
+        self.start = 0;
+        let limit = (self.ahead * REQUEST_LEN).max(self.end);
+        &mut self.bytes[self.end..limit]
+    }
+
+    /// `n` bytes were read into [`Staging::room`].
+    pub(crate) fn filled(&mut self, n: usize) {
+        self.end += n;
+        debug_assert!(self.end <= self.bytes.len());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_ahead_as_far_as_is_useful() {
+        let mut s = Staging::new();
+        assert_eq!(s.room().len(), AHEAD * REQUEST_LEN);
+        s.follow(true);
+        assert_eq!(s.room().len(), REQUEST_LEN);
+        s.room().copy_from_slice(&[7; REQUEST_LEN]);
+        s.filled(20);
+        assert!(s.header().is_none());
+        assert_eq!(s.room().len(), 8);
+        s.filled(8);
+        assert_eq!(s.header(), Some([7; REQUEST_LEN]));
+        assert!(s.room().is_empty());
+        s.consume(REQUEST_LEN);
+        assert!(s.is_empty() && s.peek(9).is_empty());
+    }
+
+    #[test]
+    fn what_is_left_moves_to_the_front() {
+        let mut s = Staging::new();
+        s.room()[..30].copy_from_slice(&core::array::from_fn::<u8, 30, _>(|i| i as u8));
+        s.filled(30);
+        s.consume(28);
+        assert_eq!(s.peek(usize::MAX), [28, 29]);
+        assert_eq!(s.room().len(), AHEAD * REQUEST_LEN - 2);
+        assert_eq!(s.peek(1), [28]);
+    }
+}

@@ -1,0 +1,19 @@
+//! Load on one device of an RNBD server.
+//!
+//! ```text
+//! driver.rs (control thread): connect ─▶ open ─▶ memory ─▶ start ─▶ … ─▶ results ─▶ close ─▶ report.rs
+//! worker.rs (each reactor):   `queue_depth` slots, each with a buffer; what completes is submitted anew
+//!   workload.rs: which blocks next          verify.rs: what was written there
+//! ```
+
+mod driver;
+mod options;
+mod report;
+mod rng;
+mod verify;
+mod worker;
+mod workload;
+
+pub use driver::{LoadError, Stopper, run};
+pub use options::{LoadOptions, OptionsError, Pattern};
+pub use report::{Latency, Report, Verified};

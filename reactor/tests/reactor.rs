@@ -1,0 +1,157 @@
+//! Behaviour of a running reactor.
+
+use std::cell::Cell;
+use std::os::fd::AsRawFd;
+use std::rc::Rc;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use reactor::{Handle, IdlePolicy, Polled, Poller, Reactor, Turn};
+
+const ADAPTIVE: IdlePolicy = IdlePolicy::Adaptive { spin: Duration::from_micros(50) };
+
+fn spawn(policy: IdlePolicy) -> (Handle, std::thread::JoinHandle<()>) {
+    let (tx, rx) = mpsc::channel();
+    let join = std::thread::spawn(move || {
+        let reactor = Reactor::new("test", None, policy).unwrap();
+        tx.send(reactor.handle()).unwrap();
+        reactor.run();
+    });
+    (rx.recv().unwrap(), join)
+}
+
+/// Sends `f` and waits for its answer.
+fn ask<R: Send + 'static>(h: &Handle, f: impl FnOnce(&mut Turn<'_>) -> R + Send + 'static) -> R {
+    let (tx, rx) = mpsc::channel();
+    h.send(move |cx| tx.send(f(cx)).unwrap());
+    rx.recv_timeout(Duration::from_secs(10)).expect("the reactor answers")
+}
+
+struct Count(Rc<Cell<u64>>, Polled);
+impl Poller for Count {
+    fn poll(&mut self, _: &mut Turn<'_>) -> Polled {
+        self.0.set(self.0.get() + 1);
+        self.1
+    }
+}
+
+#[test]
+fn messages_run_in_order_and_wake_a_sleeper() {
+    let (h, join) = spawn(ADAPTIVE);
+    for round in 0..200 {
+        // Long enough to be asleep now and then.
+        if round % 50 == 0 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(ask(&h, move |_| round), round);
+    }
+    h.stop();
+    join.join().unwrap();
+}
+
+#[test]
+fn adaptive_sleeps_when_idle_and_poll_does_not() {
+    let (h, join) = spawn(ADAPTIVE);
+    std::thread::sleep(Duration::from_millis(50));
+    let a = h.stats();
+    std::thread::sleep(Duration::from_millis(100));
+    let b = h.stats();
+    assert!(b.asleep && b.turns - a.turns < 50, "{a:?} {b:?}");
+    h.set_policy(IdlePolicy::Poll);
+    std::thread::sleep(Duration::from_millis(50));
+    let c = h.stats();
+    assert!(!c.asleep && c.turns - b.turns > 1000, "{b:?} {c:?}");
+    assert_eq!(h.policy(), IdlePolicy::Poll);
+    h.stop();
+    join.join().unwrap();
+}
+
+#[test]
+fn timers_fire_once_in_order_even_from_sleep() {
+    let (h, join) = spawn(ADAPTIVE);
+    let (tx, rx) = mpsc::channel();
+    let began = Instant::now();
+    h.send(move |cx| {
+        for ms in [30u64, 10, 20] {
+            let tx = tx.clone();
+            cx.after(Duration::from_millis(ms), move |_| tx.send(ms).unwrap());
+        }
+        let cancelled = cx.after(Duration::from_millis(15), |_| panic!("cancelled timer ran"));
+        assert!(cx.cancel(cancelled));
+        assert!(!cx.cancel(cancelled));
+    });
+    let got: Vec<u64> = (0..3).map(|_| rx.recv_timeout(Duration::from_secs(5)).unwrap()).collect();
+    assert_eq!(got, [10, 20, 30]);
+    assert!(began.elapsed() >= Duration::from_millis(30));
+    h.stop();
+    join.join().unwrap();
+}
+
+#[test]
+fn busy_and_timed_pollers_are_counted_and_removed() {
+    let began = Instant::now();
+    let (h, join) = spawn(ADAPTIVE);
+    let (busy, timed) = ask(&h, |cx| {
+        let n = Rc::new(Cell::new(0));
+        cx.set_local(n.clone());
+        let busy = cx.add_poller("busy", Box::new(Count(n.clone(), Polled::Busy)));
+        (busy, cx.add_timed_poller("timed", Duration::from_millis(10), Box::new(Count(n, Polled::Idle))))
+    });
+    std::thread::sleep(Duration::from_millis(60));
+    let stats = ask(&h, |cx| cx.poller_stats().to_vec());
+    assert!(stats[0].busy_count > 100 && stats[0].busy_count == stats[0].run_count, "{stats:?}");
+    // A busy machine may have let more time pass than was slept.
+    let most = began.elapsed().as_millis() as u64 / 10 + 1;
+    assert!((1..=most).contains(&stats[1].run_count) && stats[1].period_ns == Some(10_000_000), "{stats:?}");
+    assert!(h.stats().busy_ns > 0);
+    ask(&h, move |cx| {
+        cx.remove_poller(busy);
+        cx.remove_poller(timed);
+    });
+    // Removal takes effect at the end of a turn; both messages may have met in one.
+    let left = |h: &Handle| {
+        ask(h, |cx| (cx.poller_stats().len(), Rc::strong_count(&cx.local::<Cell<u64>>().unwrap())))
+    };
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while left(&h) != (0, 2) {
+        assert!(Instant::now() < deadline, "{:?}", left(&h));
+    }
+    h.stop();
+    join.join().unwrap();
+}
+
+/// A poller that owns an eventfd: the reactor must sleep on it and wake for it.
+struct Drain(Rc<std::os::fd::OwnedFd>, mpsc::Sender<()>);
+impl Poller for Drain {
+    fn poll(&mut self, _: &mut Turn<'_>) -> Polled {
+        let got = rustix::io::read(&*self.0, &mut [0u8; 8]).is_ok();
+        if got {
+            self.1.send(()).unwrap();
+        }
+        got.into()
+    }
+}
+
+#[test]
+fn a_watched_descriptor_wakes_the_reactor() {
+    let (h, join) = spawn(ADAPTIVE);
+    let (tx, rx) = mpsc::channel();
+    let fd = rustix::event::eventfd(0, rustix::event::EventfdFlags::NONBLOCK).unwrap();
+    let writer = fd.try_clone().unwrap();
+    ask(&h, move |cx| {
+        cx.watch(fd.as_raw_fd()).unwrap();
+        cx.add_poller("drain", Box::new(Drain(Rc::new(fd), tx)));
+    });
+    std::thread::sleep(Duration::from_millis(20));
+    assert!(h.stats().asleep);
+    rustix::io::write(&writer, &1u64.to_ne_bytes()).unwrap();
+    rx.recv_timeout(Duration::from_secs(5)).unwrap();
+    h.stop();
+    join.join().unwrap();
+}
+
+#[test]
+fn a_core_that_is_not_there_is_refused_in_words() {
+    let e = Reactor::new("x", Some(1000), IdlePolicy::Poll).err().unwrap().to_string();
+    assert!(e.contains("core 1000") && e.contains("-m"), "{e}");
+}

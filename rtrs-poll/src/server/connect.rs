@@ -1,0 +1,327 @@
+//! From connect request to accept, and INFO_REQ.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use reactor::Turn;
+use rtrs_proto::admission::{Admitted, Refusal};
+use rtrs_proto::errno::Errno;
+use rtrs_proto::handshake::{self, ConnectRequest};
+use verbs::{CmId, ConnParams, CqHandle, Device, Qp, QpCaps};
+use zerocopy::IntoBytes;
+
+use super::{ConEntry, ConnRef, CqPort, PathEntry, Server, ServerCell};
+use crate::lane::{ConKey, Lane};
+use crate::path::{Identity, Path};
+use crate::session::Session;
+use crate::upper::Upper;
+
+/// Entries of a completion queue; another one is made when its queue pairs could need more.
+const CQ_ENTRIES: u32 = 32768;
+/// Receives beyond the queue depth, for heartbeats and their answers.
+const SPARE_RECEIVES: u32 = 16;
+
+impl<U: Upper> Server<U> {
+    pub(super) fn connect_request(
+        &mut self,
+        cx: &mut Turn<'_>,
+        cm: usize,
+        id: CmId,
+        private: &[u8],
+        local: SocketAddr,
+        peer: SocketAddr,
+    ) {
+        let admitted = match self.admit(cx, private, local.ip(), peer.ip()) {
+            Ok(a) => a,
+            Err((errno, why)) => return self.refuse(cx, cm, id, peer, errno, &why),
+        };
+        let result = self
+            .path_of(cx, cm, id, private, &admitted, local, peer)
+            .and_then(|tag| self.create_con(cx, cm, id, tag, admitted.cid));
+        if let Err(why) = result {
+            self.refuse(cx, cm, id, peer, Errno::ENOMEM, &why);
+            match self.tags.get(&admitted.path).copied() {
+                Some(tag) => self.close_path(cx, tag, "a connection could not be set up"),
+                None => self.forget(&admitted),
+            }
+        }
+    }
+
+    fn admit(
+        &mut self,
+        cx: &Turn<'_>,
+        private: &[u8],
+        local: IpAddr,
+        peer: IpAddr,
+    ) -> Result<Admitted, (Errno, String)> {
+        if self.stopping {
+            return Err((Errno::ECONNRESET, "the server is shutting down".into()));
+        }
+        let refusal = |r: Refusal| (r.errno(), r.to_string());
+        let request = ConnectRequest::parse(private).map_err(|e| refusal(Refusal::Malformed(e)))?;
+        let known = self.table.paths().any(|p| {
+            p.uuid == request.path_uuid
+                && self.table.session(p.session).is_some_and(|s| s.uuid == request.session_uuid)
+        });
+        if !known && self.paths.len() >= self.options.max_paths as usize {
+            return Err((Errno::ENOMEM, format!("limit of {} paths reached", self.options.max_paths)));
+        }
+        self.table.admit(self.now_ns(cx.now), &request, peer, local).map_err(refusal)
+    }
+
+    fn refuse(&mut self, cx: &Turn<'_>, cm: usize, id: CmId, peer: SocketAddr, errno: Errno, why: &str) {
+        if self.refusals.allows(cx.now) {
+            tracing::warn!(%peer, %errno, why, "connection refused");
+        }
+        if let Err(error) = self.cms[cm].reject(id, handshake::reject(errno).as_bytes()) {
+            tracing::debug!(%peer, %error, "the reject could not be sent");
+        }
+        self.cms[cm].destroy(id);
+    }
+
+    /// A path that never got its memory.
+    fn forget(&mut self, admitted: &Admitted) {
+        self.table.begin_close(admitted.path);
+        if self.table.path_closed(admitted.path).is_some_and(|c| c.session_gone) {
+            self.sessions.remove(&admitted.session);
+        }
+    }
+
+    /// The admitted connection's path, made with its first connection.
+    #[expect(clippy::too_many_arguments, reason = "a connect request has these parts")]
+    fn path_of(
+        &mut self,
+        cx: &Turn<'_>,
+        cm: usize,
+        id: CmId,
+        private: &[u8],
+        admitted: &Admitted,
+        local: SocketAddr,
+        peer: SocketAddr,
+    ) -> Result<u32, String> {
+        if let Some(tag) = self.tags.get(&admitted.path) {
+            return Ok(*tag);
+        }
+        let request = ConnectRequest::parse(private).map_err(|e| e.to_string())?;
+        let device = self.cms[cm].device(id).ok_or("the connection has no device")?;
+        let depth = self.options.geometry.queue_depth();
+        let session = self.sessions.entry(admitted.session).or_insert_with(|| {
+            Arc::new(Session::new(admitted.session.index() as u32, request.session_uuid, depth))
+        });
+        let tag = self.next_tag;
+        let who = Identity { session: session.clone(), uuid: request.path_uuid, tag, peer, local };
+        let path = Path::new(who, &self.options, &device, &self.registry).map_err(|e| e.to_string())?;
+        // 0 means "free" in the session's owner table; 2^32 paths later old tags are long gone.
+        self.next_tag = self.next_tag.checked_add(1).unwrap_or(1);
+        let cons = (0..admitted.cid_num).map(|_| None).collect();
+        self.tags.insert(admitted.path, tag);
+        self.paths.insert(
+            tag,
+            PathEntry {
+                id: admitted.path,
+                session_id: admitted.session,
+                path: Arc::new(path),
+                cons,
+                closing: false,
+                since: cx.now,
+            },
+        );
+        Ok(tag)
+    }
+
+    /// Creates the queue pair and hands it to a reactor, which answers with [`Server::con_ready`].
+    fn create_con(
+        &mut self,
+        cx: &mut Turn<'_>,
+        cm: usize,
+        id: CmId,
+        tag: u32,
+        cid: u16,
+    ) -> Result<(), String> {
+        let device = self.cms[cm].device(id).ok_or("the connection has no device")?;
+        let entry = self.paths.get(&tag).ok_or("the path is gone")?;
+        let path = entry.path.clone();
+        let caps = queue_sizes(&path, &device);
+        // `bind_all` posts a bind for every chunk at once, and a work-request id counts 14 bits of them.
+        let depth = u32::from(path.geometry.queue_depth());
+        if self.options.rotate_rkeys && (depth >= 1 << 13 || caps.max_send_wr <= depth) {
+            return Err(format!("rotate_rkeys cannot serve queue_depth {depth} on this device: lower it"));
+        }
+        let lane = self.least_loaded().ok_or("no reactor")?;
+        let entries = caps.max_send_wr + caps.max_recv_wr;
+        let (cq, handle) = self.completion_queue(lane, &device, entries)?;
+        let qp = self.cms[cm].create_qp(id, &caps, &handle).map_err(|e| e.to_string())?;
+        self.lanes[lane].cqs[cq].used += entries;
+        self.lanes[lane].connections += 1;
+        self.conns.insert(id, ConnRef { tag, cid });
+        let con = ConEntry {
+            cm,
+            id,
+            lane,
+            cq,
+            entries,
+            key: None,
+            accepted: false,
+            closing: false,
+            closed: false,
+            drained: false,
+        };
+        if let Some(slot) = self.paths.get_mut(&tag).and_then(|p| p.cons.get_mut(cid as usize)) {
+            *slot = Some(con);
+        }
+        self.hand_over(cx, lane, path, cid, qp, caps, cq);
+        Ok(())
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "a new connection has these parts")]
+    fn hand_over(
+        &self,
+        cx: &Turn<'_>,
+        lane: usize,
+        path: Arc<Path>,
+        cid: u16,
+        qp: Box<dyn Qp>,
+        caps: QpCaps,
+        cq: usize,
+    ) {
+        let cq_lost = self.lanes[lane].cqs[cq].lost.clone();
+        let control = cx.handle().clone();
+        let receives = u32::from(path.geometry.queue_depth()) + SPARE_RECEIVES;
+        let tag = path.tag;
+        Lane::<U>::send(&self.lanes[lane].handle, move |_, lane| {
+            let result = lane.add_con(path, cid, qp, caps.max_send_wr, receives, cq_lost);
+            control.send(move |cx| {
+                if let Some(cell) = cx.local::<ServerCell<U>>() {
+                    cell.0.borrow_mut().con_ready(cx, tag, cid, result);
+                }
+            });
+        });
+    }
+
+    fn least_loaded(&self) -> Option<usize> {
+        (0..self.lanes.len()).min_by_key(|&i| self.lanes[i].connections)
+    }
+
+    /// A completion queue of `device` on `lane` with room for `entries` more.
+    fn completion_queue(
+        &mut self,
+        lane: usize,
+        device: &Arc<dyn Device>,
+        entries: u32,
+    ) -> Result<(usize, CqHandle), String> {
+        let port = &mut self.lanes[lane];
+        let room = |c: &CqPort| {
+            !c.lost.load(Ordering::Acquire) && Arc::ptr_eq(&c.device, device) && c.entries - c.used >= entries
+        };
+        if let Some(i) = port.cqs.iter().position(room) {
+            return Ok((i, port.cqs[i].handle.clone()));
+        }
+        let wanted = CQ_ENTRIES.max(entries).min(device.info().max_cqe);
+        let cq = device.clone().create_cq(wanted).map_err(|e| e.to_string())?;
+        if cq.entries() < entries {
+            return Err(format!(
+                "device {} has completion queues of {} entries, a connection needs {entries}: lower queue_depth",
+                device.info().name,
+                cq.entries()
+            ));
+        }
+        let handle = cq.handle();
+        let lost = Arc::new(AtomicBool::new(false));
+        port.cqs.push(CqPort {
+            device: device.clone(),
+            handle: handle.clone(),
+            entries: cq.entries(),
+            used: 0,
+            lost: lost.clone(),
+        });
+        Lane::<U>::send(&port.handle, move |cx, lane| lane.add_cq(cx, cq, lost));
+        Ok((port.cqs.len() - 1, handle))
+    }
+
+    /// The lane has posted the receives of a connection: accept it.
+    fn con_ready(&mut self, cx: &mut Turn<'_>, tag: u32, cid: u16, result: Result<ConKey, String>) {
+        let rotating = self.options.rotate_rkeys;
+        let Some(entry) = self.paths.get_mut(&tag) else { return };
+        let Some(con) = entry.cons.get_mut(cid as usize).and_then(Option::as_mut) else { return };
+        match result {
+            Ok(key) => con.key = Some(key),
+            Err(why) => {
+                // The lane has dropped the queue pair with the error.
+                con.closed = true;
+                self.close_path(cx, tag, &format!("con {cid}: {why}"));
+                return self.finish_path(cx, tag);
+            }
+        }
+        if con.closing {
+            return self.close_con(tag, cid);
+        }
+        let (cm, id) = (con.cm, con.id);
+        let rsp = handshake::accept(&entry.path.geometry, rotating);
+        let params = ConnParams { retry: 7, rnr_retry: 7, read_depth: 0 };
+        match self.cms[cm].accept(id, params, rsp.as_bytes()) {
+            Ok(()) => con.accepted = true,
+            Err(e) => self.close_path(cx, tag, &format!("con {cid}: {e}")),
+        }
+    }
+
+    /// INFO_REQ came in: the path comes up, or is closed.
+    pub(super) fn info_req(&mut self, cx: &mut Turn<'_>, tag: u32, message: &[u8]) {
+        let Some(entry) = self.paths.get(&tag) else { return };
+        if entry.closing {
+            return;
+        }
+        let up = match self.table.info_req(entry.id, message) {
+            Ok(up) => up,
+            Err(why) => return self.close_path(cx, tag, &why.to_string()),
+        };
+        let path = entry.path.clone();
+        path.session.set_name(&up.name);
+        if up.first_of_session {
+            let events = self.events.clone();
+            events.borrow_mut().session_up(cx, &path.session);
+        }
+        tracing::info!(
+            session = %up.name, peer = %path.peer, local = %path.local, device = path.device,
+            connections = entry.cons.len(), "path connected"
+        );
+        path.set_up();
+        self.answer_info(tag, path);
+    }
+
+    fn answer_info(&self, tag: u32, path: Arc<Path>) {
+        let Some(con) = self.paths.get(&tag).and_then(|p| p.cons.first()).and_then(Option::as_ref) else {
+            return;
+        };
+        let Some(key) = con.key else { return };
+        let (hb, reports, rotating) =
+            (self.options.heartbeat, self.reports.clone(), self.options.rotate_rkeys);
+        Lane::<U>::send(&self.lanes[con.lane].handle, move |cx, lane| {
+            if rotating && let Err(why) = lane.bind_all(key) {
+                return reports.path_broken(path.tag, why);
+            }
+            match handshake::info_rsp(&path.descriptors()) {
+                Some(message) => lane.path_up(key, &message, hb, cx.now),
+                None => reports.path_broken(path.tag, "no chunks to announce".into()),
+            }
+        });
+    }
+}
+
+/// Work requests per queue: each answer is one, with rotating keys or separate invalidations up to five.
+fn queue_sizes(path: &Path, device: &Arc<dyn Device>) -> QpCaps {
+    use rtrs_proto::response::{Keys, ReadStyle};
+    let depth = u32::from(path.geometry.queue_depth());
+    let per_request = match (path.policy.keys, path.policy.reads) {
+        (Keys::Rotating, _) => 5,
+        (Keys::Static, ReadStyle::Invalidate) => 3,
+        (Keys::Static, ReadStyle::OneMessage) => 1,
+    };
+    let most = device.info().max_qp_wr;
+    QpCaps {
+        max_send_wr: (depth * per_request + 64).min(most),
+        max_recv_wr: (depth + SPARE_RECEIVES + 1).min(most),
+        max_send_sge: 1,
+        max_recv_sge: 1,
+    }
+}

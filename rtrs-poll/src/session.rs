@@ -1,0 +1,73 @@
+//! What the paths of one session share across reactors.
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use rtrs_proto::wire::Uuid;
+
+/// One client, on all its paths.
+///
+/// # Failover races
+/// The client picks the buffer id of a request, and a request that fails over to another path keeps it. The new
+/// path's server side may then see it while the old one still works on it, and the stale execution could overwrite
+/// what the client wrote after the new one was acknowledged. Therefore an id is *owned* by the path whose request is
+/// being executed; the same id on another path waits until it is free. One compare-exchange per request, one store
+/// per answer.
+#[derive(Debug)]
+pub struct Session {
+    /// Dense number, reused after the session is gone.
+    pub key: u32,
+    /// The client's uuid (`paths_uuid`).
+    pub uuid: Uuid,
+    name: OnceLock<String>,
+    /// By buffer id: tag of the owning path, 0 if free.
+    owners: Box<[AtomicU32]>,
+}
+
+impl Session {
+    pub(crate) fn new(key: u32, uuid: Uuid, queue_depth: u16) -> Self {
+        let owners = (0..queue_depth).map(|_| AtomicU32::new(0)).collect();
+        Self { key, uuid, name: OnceLock::new(), owners }
+    }
+
+    /// Session name, as the first path's INFO_REQ gave it; empty before.
+    pub fn name(&self) -> &str {
+        self.name.get().map_or("", String::as_str)
+    }
+
+    pub(crate) fn set_name(&self, name: &str) {
+        let _ = self.name.set(name.into());
+    }
+
+    /// Makes `tag` (not 0) own buffer `id`, which is below the queue depth. `Err`: the present owner.
+    pub(crate) fn acquire(&self, id: u16, tag: u32) -> Result<(), u32> {
+        // Acquire: what the former owner did to the medium is done before this request starts.
+        self.owners[id as usize].compare_exchange(0, tag, Ordering::Acquire, Ordering::Relaxed).map(drop)
+    }
+
+    /// The owner gives buffer `id` back.
+    pub(crate) fn release(&self, id: u16) {
+        self.owners[id as usize].store(0, Ordering::Release);
+    }
+
+    /// Requests being executed, over all paths.
+    pub fn inflight(&self) -> usize {
+        self.owners.iter().filter(|o| o.load(Ordering::Relaxed) != 0).count()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_owner_per_buffer() {
+        let s = Session::new(0, Uuid([0; 16]), 4);
+        assert_eq!(s.acquire(3, 7), Ok(()));
+        assert_eq!(s.acquire(3, 8), Err(7));
+        assert_eq!(s.acquire(3, 7), Err(7));
+        assert_eq!(s.inflight(), 1);
+        s.release(3);
+        assert_eq!(s.acquire(3, 8), Ok(()));
+    }
+}

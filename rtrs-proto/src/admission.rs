@@ -1,0 +1,602 @@
+//! Which connections a server takes, and what they add up to (`rtrs-srv.c`, `rtrs_rdma_connect`, `get_or_create_srv`,
+//! `process_info_req`, `rtrs_srv_close_work`).
+//!
+//! A session is one client; it owns the chunks and, while a path of it is up, the upper layer's session. A path is
+//! one pair of addresses; it has `cid_num` connections, all of which must be there before INFO_REQ brings it up.
+//!
+//! ```text
+//!             admit (first cid)          info_req ok
+//!   (none) ───────────────────▶ Connecting ─────────▶ Up
+//!                                 │  ▲ admit          │
+//!                                 │  └─ (more cids)   │ begin_close
+//!      info_req bad, begin_close, │                   ▼
+//!      or expired + begin_close   └──────────────▶ Closing ── path_closed ──▶ (none)
+//! ```
+//!
+//! The table keeps no resources. The driver keeps its own by [`PathId`] and [`SessionId`], tears them down between
+//! [`SessionTable::begin_close`] and [`SessionTable::path_closed`], and until the latter a client that comes back
+//! with the same path is refused, so that never two incarnations of it share memory.
+//!
+//! Every list that a client can make grow has a limit in [`Limits`].
+
+use std::fmt;
+use std::net::IpAddr;
+
+use crate::errno::Errno;
+use crate::handshake::{BadConnReq, BadInfoReq, ConnectRequest, parse_info_req};
+use crate::slab::{Key, Slab};
+use crate::wire::{MAX_CID_NUM, MAX_PATHS_NUM, Uuid};
+
+/// Names a path from its first connection to [`SessionTable::path_closed`]. Never means another path later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PathId(Key);
+
+/// Names a session from its first connection until its last path is closed. Never means another session later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SessionId(Key);
+
+impl PathId {
+    /// A small number, unique among the paths that exist now.
+    pub const fn index(self) -> usize {
+        self.0.index as usize
+    }
+}
+
+impl SessionId {
+    /// A small number, unique among the sessions that exist now.
+    pub const fn index(self) -> usize {
+        self.0.index as usize
+    }
+}
+
+impl fmt::Display for PathId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "path {}.{}", self.0.index, self.0.generation)
+    }
+}
+
+impl fmt::Display for SessionId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "session {}.{}", self.0.index, self.0.generation)
+    }
+}
+
+/// Bounds on what clients can make a server keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Sessions; each has a full set of chunks.
+    pub max_sessions: usize,
+    /// Connections of all sessions; each has a queue pair. Also bounds the paths.
+    pub max_connections: usize,
+    /// Connections per path, at most 4096. A kernel client has one more than it has CPUs.
+    pub max_cid_num: u16,
+    /// A path that is not up must show a new connection or INFO_REQ within this time. Kernel clients take up to 30 s
+    /// per step.
+    pub half_open_ns: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            max_sessions: 64,
+            max_connections: 4096,
+            max_cid_num: MAX_CID_NUM,
+            half_open_ns: 35_000_000_000,
+        }
+    }
+}
+
+/// Why a connection is refused. Send [`crate::handshake::reject`] with [`Refusal::errno`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// The request makes no sense by itself.
+    #[error(transparent)]
+    Malformed(#[from] BadConnReq),
+    /// A later path of a session that is not here, as after a restart of the server.
+    #[error("no such session, and first_conn is not set")]
+    NoSession,
+    /// The path exists and is up or being torn down, usually an old incarnation of the same one.
+    #[error("{0} is {1}, not connecting")]
+    NotConnecting(PathId, PathState),
+    /// The path's requests disagree.
+    #[error("cid_num {got} where the path's first connection had {had}")]
+    CidNum {
+        /// In this request.
+        got: u16,
+        /// In the first one.
+        had: u16,
+    },
+    /// This connection is there already.
+    #[error("cid {0} is connected already")]
+    CidTaken(u16),
+    /// The session is full.
+    #[error("session has {MAX_PATHS_NUM} paths already")]
+    Paths,
+    /// Another path of the session joins the same two addresses.
+    #[error("{0} has the same addresses")]
+    Addresses(PathId),
+    /// Above [`Limits::max_cid_num`].
+    #[error("path of {got} connections: this server takes {most}")]
+    TooManyCids {
+        /// In this request.
+        got: u16,
+        /// The limit.
+        most: u16,
+    },
+    /// [`Limits::max_sessions`] reached.
+    #[error("limit of {0} sessions reached")]
+    Sessions(usize),
+    /// [`Limits::max_connections`] reached.
+    #[error("limit of {0} connections reached")]
+    Connections(usize),
+}
+
+impl Refusal {
+    /// What the kernel server answers in such a case; ENOMEM for our own limits.
+    pub const fn errno(&self) -> Errno {
+        match self {
+            Refusal::NoSession => Errno::ENXIO,
+            Refusal::Addresses(_) => Errno::EEXIST,
+            Refusal::TooManyCids { .. } | Refusal::Sessions(_) | Refusal::Connections(_) => Errno::ENOMEM,
+            Refusal::Malformed(_)
+            | Refusal::NotConnecting(..)
+            | Refusal::CidNum { .. }
+            | Refusal::CidTaken(_)
+            | Refusal::Paths => Errno::ECONNRESET,
+        }
+    }
+}
+
+/// Where a path is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PathState {
+    /// Connections arrive; INFO_REQ has not.
+    Connecting,
+    /// Requests flow.
+    Up,
+    /// The driver tears it down.
+    Closing,
+}
+
+impl fmt::Display for PathState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            PathState::Connecting => "connecting",
+            PathState::Up => "connected",
+            PathState::Closing => "closing",
+        })
+    }
+}
+
+/// A connection that belongs to the table now. If the driver cannot set it up, it closes the whole path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Admitted {
+    /// Its session.
+    pub session: SessionId,
+    /// Its path.
+    pub path: PathId,
+    /// Its place in the path, below `cid_num`.
+    pub cid: u16,
+    /// Connections the path will have.
+    pub cid_num: u16,
+    /// The session began with it: make chunks.
+    pub new_session: bool,
+    /// The path began with it: make memory regions.
+    pub new_path: bool,
+}
+
+/// A path is up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PathUp {
+    /// Its session.
+    pub session: SessionId,
+    /// The name in its INFO_REQ.
+    pub name: Box<str>,
+    /// No other path of the session was up: the upper layer's session begins.
+    pub first_of_session: bool,
+}
+
+/// Why a path must be closed instead of coming up. The table has it in [`PathState::Closing`] already.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum CloseReason {
+    /// The id is stale; there is nothing to close.
+    #[error("path is gone")]
+    Gone,
+    /// It is up (a second INFO_REQ) or closing.
+    #[error("INFO_REQ on a path that is {0}")]
+    State(PathState),
+    /// The message makes no sense.
+    #[error(transparent)]
+    Message(#[from] BadInfoReq),
+    /// Too early.
+    #[error("INFO_REQ with {have} of {cid_num} connections present")]
+    Incomplete {
+        /// Connections there are.
+        have: u16,
+        /// Connections announced.
+        cid_num: u16,
+    },
+    /// Another client has the name. After a crash of a client this lasts until heartbeats find its old session dead.
+    #[error("session name {0:?} is in use by another client")]
+    NameTaken(Box<str>),
+}
+
+/// A path is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PathClosed {
+    /// Its session.
+    pub session: SessionId,
+    /// Connections it had.
+    pub connections: u16,
+    /// It had been up and was the session's last such path: the upper layer's session ends, devices close.
+    pub last_up: bool,
+    /// It was the session's last path of any kind: free the chunks; the session's id is stale now.
+    pub session_gone: bool,
+}
+
+/// One path, for listings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PathView<'a, A> {
+    /// Its id.
+    pub id: PathId,
+    /// Its session's id.
+    pub session: SessionId,
+    /// Its state.
+    pub state: PathState,
+    /// `sess_uuid` on the wire.
+    pub uuid: Uuid,
+    /// The client's address.
+    pub src: A,
+    /// Our address.
+    pub dst: A,
+    /// Connections announced.
+    pub cid_num: u16,
+    /// Connections present.
+    pub connections: u16,
+    /// The client's count of attempts.
+    pub recon_cnt: u16,
+    /// From its INFO_REQ.
+    pub name: Option<&'a str>,
+}
+
+/// One session, for listings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SessionView<'a> {
+    /// Its id.
+    pub id: SessionId,
+    /// `paths_uuid` on the wire.
+    pub uuid: Uuid,
+    /// The name of the path that first came up; `None` before.
+    pub name: Option<&'a str>,
+    /// Paths of any state.
+    pub paths: usize,
+    /// Paths that came up and are not closed yet.
+    pub paths_up: usize,
+}
+
+#[derive(Debug)]
+struct Session {
+    uuid: Uuid,
+    name: Option<Box<str>>,
+    paths: Vec<PathId>,
+    paths_up: usize,
+}
+
+#[derive(Debug)]
+struct Path<A> {
+    session: SessionId,
+    uuid: Uuid,
+    src: A,
+    dst: A,
+    recon_cnt: u16,
+    state: PathState,
+    was_up: bool,
+    name: Option<Box<str>>,
+    cids: Cids,
+    deadline_ns: u64,
+}
+
+/// Which of a path's connections are there.
+#[derive(Debug)]
+struct Cids {
+    cid_num: u16,
+    present: u16,
+    bits: Box<[u64]>,
+}
+
+impl Cids {
+    fn new(cid_num: u16) -> Cids {
+        Cids { cid_num, present: 0, bits: vec![0; usize::from(cid_num).div_ceil(64)].into() }
+    }
+
+    fn contains(&self, cid: u16) -> bool {
+        self.bits[usize::from(cid / 64)] & 1 << (cid % 64) != 0
+    }
+
+    fn insert(&mut self, cid: u16) {
+        self.bits[usize::from(cid / 64)] |= 1 << (cid % 64);
+        self.present += 1;
+    }
+}
+
+/// All sessions of a server. `A` is an address without port; paths are told apart by pairs of them.
+///
+/// For the control thread: look-ups are linear in the number of sessions or of a session's paths.
+#[derive(Debug)]
+pub struct SessionTable<A = IpAddr> {
+    limits: Limits,
+    sessions: Slab<Session>,
+    paths: Slab<Path<A>>,
+    connections: usize,
+}
+
+impl<A: Copy + Eq> SessionTable<A> {
+    /// An empty table.
+    pub const fn new(limits: Limits) -> SessionTable<A> {
+        SessionTable { limits, sessions: Slab::new(), paths: Slab::new(), connections: 0 }
+    }
+
+    /// Decides about a connection from `src` (client) to `dst` (us).
+    ///
+    /// # Errors
+    /// [`Refusal`], which changes nothing.
+    pub fn admit(
+        &mut self,
+        now_ns: u64,
+        request: &ConnectRequest,
+        src: A,
+        dst: A,
+    ) -> Result<Admitted, Refusal> {
+        let session = self.find_session(request.session_uuid);
+        if session.is_none() && !request.first_conn {
+            return Err(Refusal::NoSession);
+        }
+        let path = session.and_then(|s| self.find_path(s, request.path_uuid));
+        match (session, path) {
+            (_, Some(path)) => self.check_known_path(path, request)?,
+            (Some(session), None) => self.check_new_path(session, src, dst)?,
+            (None, None) => self.check_new_session()?,
+        }
+        self.check_connection(request)?;
+
+        let (new_session, new_path) = (session.is_none(), path.is_none());
+        let session = session.unwrap_or_else(|| self.add_session(request.session_uuid));
+        let path = path.unwrap_or_else(|| self.add_path(session, request, src, dst));
+        self.add_connection(now_ns, path, request.cid);
+        Ok(Admitted { session, path, cid: request.cid, cid_num: request.cid_num, new_session, new_path })
+    }
+
+    fn check_known_path(&self, id: PathId, request: &ConnectRequest) -> Result<(), Refusal> {
+        let Some(path) = self.paths.get(id.0) else { return Ok(()) };
+        if path.state != PathState::Connecting {
+            return Err(Refusal::NotConnecting(id, path.state));
+        }
+        if path.cids.cid_num != request.cid_num {
+            return Err(Refusal::CidNum { got: request.cid_num, had: path.cids.cid_num });
+        }
+        if request.cid >= path.cids.cid_num || path.cids.contains(request.cid) {
+            return Err(Refusal::CidTaken(request.cid));
+        }
+        Ok(())
+    }
+
+    fn check_new_path(&self, session: SessionId, src: A, dst: A) -> Result<(), Refusal> {
+        let Some(session) = self.sessions.get(session.0) else { return Ok(()) };
+        if session.paths.len() >= MAX_PATHS_NUM {
+            return Err(Refusal::Paths);
+        }
+        let same = |id: &&PathId| self.paths.get(id.0).is_some_and(|p| p.src == src && p.dst == dst);
+        match session.paths.iter().find(same) {
+            Some(&other) => Err(Refusal::Addresses(other)),
+            None => Ok(()),
+        }
+    }
+
+    fn check_new_session(&self) -> Result<(), Refusal> {
+        if self.sessions.len() >= self.limits.max_sessions {
+            return Err(Refusal::Sessions(self.limits.max_sessions));
+        }
+        Ok(())
+    }
+
+    fn check_connection(&self, request: &ConnectRequest) -> Result<(), Refusal> {
+        // `ConnectRequest` may have been built by hand; the bitmap relies on this.
+        if request.cid >= request.cid_num {
+            return Err(BadConnReq::Cid { cid: request.cid, cid_num: request.cid_num }.into());
+        }
+        if request.cid_num > self.limits.max_cid_num {
+            return Err(Refusal::TooManyCids { got: request.cid_num, most: self.limits.max_cid_num });
+        }
+        if self.connections >= self.limits.max_connections {
+            return Err(Refusal::Connections(self.limits.max_connections));
+        }
+        Ok(())
+    }
+
+    fn add_session(&mut self, uuid: Uuid) -> SessionId {
+        SessionId(self.sessions.insert(Session { uuid, name: None, paths: Vec::new(), paths_up: 0 }))
+    }
+
+    fn add_path(&mut self, session: SessionId, request: &ConnectRequest, src: A, dst: A) -> PathId {
+        let id = PathId(self.paths.insert(Path {
+            session,
+            uuid: request.path_uuid,
+            src,
+            dst,
+            recon_cnt: request.recon_cnt,
+            state: PathState::Connecting,
+            was_up: false,
+            name: None,
+            cids: Cids::new(request.cid_num),
+            deadline_ns: 0,
+        }));
+        if let Some(session) = self.sessions.get_mut(session.0) {
+            session.paths.push(id);
+        }
+        id
+    }
+
+    fn add_connection(&mut self, now_ns: u64, id: PathId, cid: u16) {
+        if let Some(path) = self.paths.get_mut(id.0) {
+            path.cids.insert(cid);
+            path.deadline_ns = now_ns.saturating_add(self.limits.half_open_ns);
+            self.connections += 1;
+        }
+    }
+
+    /// Takes the INFO_REQ of a path. After `Ok`, answer with [`crate::handshake::info_rsp`] and start heartbeats.
+    ///
+    /// # Errors
+    /// [`CloseReason`]; the path is closing, and the driver tears it down as after [`SessionTable::begin_close`].
+    pub fn info_req(&mut self, id: PathId, bytes: &[u8]) -> Result<PathUp, CloseReason> {
+        match self.check_info_req(id, bytes) {
+            Ok(name) => self.path_up(id, name).ok_or(CloseReason::Gone),
+            Err(reason) => {
+                self.begin_close(id);
+                Err(reason)
+            }
+        }
+    }
+
+    fn check_info_req<'b>(&self, id: PathId, bytes: &'b [u8]) -> Result<&'b str, CloseReason> {
+        let path = self.paths.get(id.0).ok_or(CloseReason::Gone)?;
+        if path.state != PathState::Connecting {
+            return Err(CloseReason::State(path.state));
+        }
+        if path.cids.present != path.cids.cid_num {
+            return Err(CloseReason::Incomplete { have: path.cids.present, cid_num: path.cids.cid_num });
+        }
+        let name = parse_info_req(bytes)?;
+        let foreign = |p: &Path<A>| p.session != path.session && p.name.as_deref() == Some(name);
+        if self.paths.iter().any(|(_, p)| foreign(p)) {
+            return Err(CloseReason::NameTaken(name.into()));
+        }
+        Ok(name)
+    }
+
+    fn path_up(&mut self, id: PathId, name: &str) -> Option<PathUp> {
+        let path = self.paths.get_mut(id.0)?;
+        let session = self.sessions.get_mut(path.session.0)?;
+        path.state = PathState::Up;
+        path.was_up = true;
+        path.name = Some(name.into());
+        let first_of_session = session.paths_up == 0;
+        session.paths_up += 1;
+        if first_of_session {
+            session.name = Some(name.into());
+        }
+        Some(PathUp { session: path.session, name: name.into(), first_of_session })
+    }
+
+    /// The driver starts to tear the path down. False if that had begun before, or the id is stale: then someone
+    /// else is at it.
+    pub fn begin_close(&mut self, id: PathId) -> bool {
+        match self.paths.get_mut(id.0) {
+            Some(path) if path.state != PathState::Closing => {
+                path.state = PathState::Closing;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// The driver has torn the path down: connections destroyed, no request in flight, memory unregistered.
+    /// `None` if the id is stale. (A path that was not closing is forgotten all the same.)
+    pub fn path_closed(&mut self, id: PathId) -> Option<PathClosed> {
+        let path = self.paths.remove(id.0)?;
+        self.connections -= usize::from(path.cids.present);
+        let session = self.sessions.get_mut(path.session.0)?;
+        session.paths.retain(|&p| p != id);
+        session.paths_up -= usize::from(path.was_up);
+        let last_up = path.was_up && session.paths_up == 0;
+        let session_gone = session.paths.is_empty();
+        if session_gone {
+            self.sessions.remove(path.session.0);
+        }
+        Some(PathClosed { session: path.session, connections: path.cids.present, last_up, session_gone })
+    }
+
+    /// Paths that took too long to come up. They stay in the list until the driver closes them.
+    pub fn expired(&self, now_ns: u64) -> impl Iterator<Item = PathId> {
+        self.half_open().filter(move |(_, deadline)| *deadline <= now_ns).map(|(id, _)| id)
+    }
+
+    /// When [`SessionTable::expired`] will next have something new; `None` if every path is up or closing.
+    pub fn deadline(&self) -> Option<u64> {
+        self.half_open().map(|(_, deadline)| deadline).min()
+    }
+
+    fn half_open(&self) -> impl Iterator<Item = (PathId, u64)> {
+        let connecting = self.paths.iter().filter(|(_, p)| p.state == PathState::Connecting);
+        connecting.map(|(key, p)| (PathId(key), p.deadline_ns))
+    }
+
+    fn find_session(&self, uuid: Uuid) -> Option<SessionId> {
+        self.sessions.iter().find(|(_, s)| s.uuid == uuid).map(|(key, _)| SessionId(key))
+    }
+
+    fn find_path(&self, session: SessionId, uuid: Uuid) -> Option<PathId> {
+        let session = self.sessions.get(session.0)?;
+        let has_uuid = |id: &PathId| self.paths.get(id.0).is_some_and(|p| p.uuid == uuid);
+        session.paths.iter().copied().find(has_uuid)
+    }
+
+    /// Connections of all paths, including those being torn down.
+    pub const fn connections(&self) -> usize {
+        self.connections
+    }
+
+    /// All sessions.
+    pub fn sessions(&self) -> impl Iterator<Item = SessionView<'_>> {
+        self.sessions.iter().map(|(key, s)| s.view(SessionId(key)))
+    }
+
+    /// One session; `None` if the id is stale.
+    pub fn session(&self, id: SessionId) -> Option<SessionView<'_>> {
+        self.sessions.get(id.0).map(|s| s.view(id))
+    }
+
+    /// All paths.
+    pub fn paths(&self) -> impl Iterator<Item = PathView<'_, A>> {
+        self.paths.iter().map(|(key, p)| p.view(PathId(key)))
+    }
+
+    /// One path; `None` if the id is stale.
+    pub fn path(&self, id: PathId) -> Option<PathView<'_, A>> {
+        self.paths.get(id.0).map(|p| p.view(id))
+    }
+}
+
+impl Session {
+    fn view(&self, id: SessionId) -> SessionView<'_> {
+        SessionView {
+            id,
+            uuid: self.uuid,
+            name: self.name.as_deref(),
+            paths: self.paths.len(),
+            paths_up: self.paths_up,
+        }
+    }
+}
+
+impl<A: Copy> Path<A> {
+    fn view(&self, id: PathId) -> PathView<'_, A> {
+        PathView {
+            id,
+            session: self.session,
+            state: self.state,
+            uuid: self.uuid,
+            src: self.src,
+            dst: self.dst,
+            cid_num: self.cids.cid_num,
+            connections: self.cids.present,
+            recon_cnt: self.recon_cnt,
+            name: self.name.as_deref(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,346 @@
+#!/usr/bin/env python3
+"""What clients may ask of the NBD server and how it answers: nbd-checks.py DIR PORT PID RPC_PY. See test-nbd.sh."""
+import contextlib
+import errno
+import importlib.util
+import os
+import socket
+import struct
+import sys
+import time
+
+import nbd
+
+DIR, PORT, PID, RPC = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+SOCK, OLD = f"{DIR}/nbd.sock", f"{DIR}/old.sock"
+SIZE = 64 << 20
+
+spec = importlib.util.spec_from_file_location("rpc", RPC)
+rpc = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(rpc)
+
+
+def call(method, **params):
+    answer = rpc.call(f"{DIR}/rpc.sock", method, params or None)
+    if "error" in answer:
+        raise RuntimeError(answer["error"]["message"])
+    return answer["result"]
+
+
+def connect(export="disk", sock=SOCK, **settings):
+    h = nbd.NBD()
+    h.set_export_name(export)
+    for name, value in settings.items():
+        getattr(h, name)(value)
+    h.connect_unix(sock)
+    return h
+
+
+@contextlib.contextmanager
+def refused(number):
+    try:
+        yield
+    except nbd.Error as e:
+        assert e.errnum == number, f"{errno.errorcode.get(e.errnum)} instead of {errno.errorcode[number]}: {e}"
+    else:
+        raise AssertionError(f"not refused, {errno.errorcode[number]} expected")
+
+
+def wait_for(what, seconds=10):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, f"waited {seconds} s in vain"
+        time.sleep(0.02)
+
+
+def handshakes():
+    """Fixed newstyle, newstyle without it, with and without the 124 zeroes; and a server that is newstyle only."""
+    for flags in (0, nbd.HANDSHAKE_FLAG_FIXED_NEWSTYLE, nbd.HANDSHAKE_FLAG_NO_ZEROES,
+                  nbd.HANDSHAKE_FLAG_FIXED_NEWSTYLE | nbd.HANDSHAKE_FLAG_NO_ZEROES):
+        for sock in (SOCK, OLD):
+            h = connect(sock=sock, set_handshake_flags=flags)
+            fixed = flags & nbd.HANDSHAKE_FLAG_FIXED_NEWSTYLE and sock == SOCK
+            assert h.get_protocol() == ("newstyle-fixed" if fixed else "newstyle"), h.get_protocol()
+            assert h.get_size() == SIZE and not h.get_structured_replies_negotiated()
+            h.pwrite(b"h" * 512, 0)
+            assert h.pread(512, 0) == b"h" * 512
+            h.shutdown()
+
+
+def names():
+    """The default export, and one that is not there."""
+    h = connect("", set_full_info=True)
+    assert h.get_canonical_export_name() == "disk", h.get_canonical_export_name()
+    assert h.get_export_description() == "a disk in memory"
+    h.shutdown()
+    with refused(errno.ENOENT):
+        connect("none")
+    # Without fixed newstyle the server can only hang up.
+    try:
+        connect("none", sock=OLD)
+    except nbd.Error:
+        pass
+    else:
+        raise AssertionError("an unknown export over EXPORT_NAME")
+
+
+def options():
+    """A client that asks before it chooses."""
+    h = nbd.NBD()
+    h.set_opt_mode(True)
+    h.connect_unix(SOCK)
+    seen = []
+    assert h.opt_list(lambda name, description: seen.append(name)) == 4
+    assert seen == ["4k", "disk", "file", "readonly"], seen
+    h.set_export_name("none")
+    with refused(errno.ENOENT):
+        h.opt_info()
+    h.set_export_name("4k")
+    h.opt_info()
+    assert h.get_block_size(nbd.SIZE_MINIMUM) == 4096
+    h.set_export_name("readonly")
+    h.opt_go()
+    assert h.is_read_only()
+    h.shutdown()
+    h = nbd.NBD()
+    h.set_opt_mode(True)
+    h.connect_unix(SOCK)
+    h.opt_abort()
+
+
+def refusals():
+    """Requests that make no sense get an error, and the connection goes on."""
+    h = connect(set_strict_mode=0)
+    for length, offset in ((512, SIZE), (1024, SIZE - 512), (512, 1 << 62), (100, 0), (512, 100), (0, 0)):
+        with refused(errno.EINVAL):
+            h.pread(length, offset)
+    with refused(errno.EINVAL):
+        h.pwrite(b"x" * 100, 0)
+    with refused(errno.ENOSPC):
+        h.pwrite(b"x" * 1024, SIZE - 512)
+    with refused(errno.ENOSPC):
+        h.zero(1024, SIZE - 512)
+    with refused(errno.EINVAL):
+        h.trim(1024, SIZE - 512)
+    with refused(errno.EINVAL):
+        h.cache(512, 0)
+    with refused(errno.EINVAL):
+        h.zero(512, 0, nbd.CMD_FLAG_FAST_ZERO)
+    assert h.pread(512, 0)
+    h.shutdown()
+    h = connect("readonly", set_strict_mode=0)
+    with refused(errno.EPERM):
+        h.pwrite(b"x" * 512, 0)
+    # Not offered, so there is no such command.
+    for change in (lambda: h.trim(512, 0), lambda: h.zero(512, 0)):
+        with refused(errno.EINVAL):
+            change()
+    assert h.pread(512, 0)
+    h.flush()
+    h.shutdown()
+
+
+def raw():
+    """What no library sends."""
+    def client(data):
+        s = socket.socket(socket.AF_UNIX)
+        s.settimeout(10)
+        s.connect(SOCK)
+        assert s.recv(18, socket.MSG_WAITALL) == b"NBDMAGICIHAVEOPT\0\3"
+        s.sendall(data)
+        return s
+
+    def request(magic=0x25609513, command=0, offset=0, length=512, flags=0):
+        return struct.pack(">IHHQQI", magic, flags, command, 7, offset, length)
+
+    go = b"\0\0\0\3IHAVEOPT" + struct.pack(">IIIH", 1, 4, 0, 0)[:8] + b"disk"
+    for end in (b"\0\0\0\7", b"\0\0\0\3GET / HTTP/1.1\r\n", b"\0\0\0\3IHAVEOPT\0\0\0\7\xff\xff\xff\xff"):
+        s = client(end)
+        assert s.recv(1) == b"", end
+    # The first request may come with the choice of the export.
+    s = client(go + request(length=1024))
+    assert s.recv(10, socket.MSG_WAITALL)[:8] == struct.pack(">Q", SIZE)
+    assert s.recv(16, socket.MSG_WAITALL) == struct.pack(">IIQ", 0x67446698, 0, 7)
+    assert len(s.recv(1024, socket.MSG_WAITALL)) == 1024
+    # The payload of a refused write is passed over; an unknown command has none.
+    s.sendall(request(command=1, offset=SIZE, length=4096) + b"x" * 4096 + request(command=99) + request(flags=0x80))
+    errors = [struct.unpack(">IIQ", s.recv(16, socket.MSG_WAITALL))[1] for _ in range(3)]
+    assert errors == [errno.ENOSPC, errno.EINVAL, errno.EINVAL], errors
+    # After a wrong magic nobody knows where the next request begins.
+    s.sendall(request(magic=0x25609514))
+    assert s.recv(1) == b""
+    s = client(go + request(command=1, length=(32 << 20) + 512))
+    assert s.recv(11, socket.MSG_WAITALL)[10:] == b""
+
+
+def large():
+    """The longest request that there may be."""
+    h = connect()
+    data = os.urandom(1 << 20) * 32
+    h.pwrite(data, 4096)
+    assert h.pread(32 << 20, 4096) == data
+    h.shutdown()
+
+
+def queue():
+    """Many requests at once, of all sizes, on connections of one export."""
+    def piece(i, j):
+        return (i * 128 + j) << 17, bytes([(i * 120 + j) % 251 + 1]) * (512 << j % 9)
+
+    clients = [connect() for _ in range(4)]
+    for i, h in enumerate(clients):
+        for j in range(120):
+            offset, data = piece(i, j)
+            h.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(data)), offset)
+    for h in clients:
+        while h.aio_in_flight() > 0:
+            h.poll(-1)
+            while h.aio_in_flight() > 0 and h.aio_peek_command_completed() > 0:
+                h.aio_command_completed(h.aio_peek_command_completed())
+    # A flush of one covers the others, and each sees what the others wrote.
+    clients[0].flush()
+    for i, h in enumerate(clients):
+        for j in range(120):
+            offset, data = piece((i + 1) % 4, j)
+            assert h.pread(len(data), offset) == data, (i, j)
+        h.shutdown()
+
+
+def slow_reader():
+    """A client that does not read its answers holds nobody up, and does not stay for ever when it is told to go."""
+    def stuck():
+        s = socket.socket(socket.AF_UNIX)
+        s.connect(SOCK)
+        s.recv(18, socket.MSG_WAITALL)
+        s.sendall(b"\0\0\0\3IHAVEOPT\0\0\0\1\0\0\0\4disk")
+        s.recv(10, socket.MSG_WAITALL)
+        for i in range(64):
+            s.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 0, i, 0, 1 << 20))
+        return s
+
+    s = stuck()
+    wait_for(lambda: any(c["num_read_ops"] >= 4 for c in call("nbd_server_get_connections", export="disk")))
+    h = connect()
+    assert h.pread(4096, 0)
+    ident = min(c["id"] for c in call("nbd_server_get_connections", export="disk"))
+    assert call("nbd_server_disconnect", id=ident) is True
+    assert ident not in [c["id"] for c in call("nbd_server_get_connections")]
+    assert h.pread(4096, 0)
+    h.shutdown()
+    s.close()
+
+
+def control():
+    """Exports and listeners come and go under their clients."""
+    before = len(os.listdir(f"/proc/{PID}/fd"))
+    call("nbd_server_create_export", name="passing", bdev_name="M0")
+    call("nbd_server_add_listener", path=f"{DIR}/more.sock", export="passing")
+    rows = call("nbd_server_get_listeners")
+    assert {"path": f"{DIR}/more.sock", "dialect": "auto", "export": "passing", "handshakes": 0} in rows, rows
+    h = connect("", sock=f"{DIR}/more.sock")
+    h.pwrite(b"p" * 1024, 0)
+    (row,) = call("nbd_server_get_connections", export="passing")
+    assert row["peer"]["pid"] == os.getpid() and row["bytes_written"] == 1024 and row["state"] == "connected", row
+    (row,) = call("nbd_server_get_exports", name="passing")
+    assert row["connections"] == 1 and row["size"] == SIZE, row
+    assert call("nbd_server_remove_listener", path=f"{DIR}/more.sock") is True
+    assert not os.path.exists(f"{DIR}/more.sock")
+    assert h.pread(1024, 0) == b"p" * 1024
+    assert call("nbd_server_delete_export", name="passing") is True
+    try:
+        h.pread(512, 0)
+    except nbd.Error:
+        pass
+    else:
+        raise AssertionError("served after the end of the export")
+    for method, params, word in (
+            ("nbd_server_delete_export", {"name": "passing"}, "no export named 'passing'"),
+            ("nbd_server_create_export", {"name": "disk", "bdev_name": "M0"}, "exists already"),
+            ("nbd_server_create_export", {"name": "x", "bdev_name": "none"}, "no bdev named none"),
+            ("nbd_server_create_export", {"name": "", "bdev_name": "M0"}, "no export name"),
+            ("nbd_server_create_export", {"name": "x", "bdev_name": "M0", "readonly": True}, "did you mean 'read_only'"),
+            ("nbd_server_add_listener", {"path": SOCK}, "listened on already"),
+            ("nbd_server_add_listener", {"path": f"{DIR}/target.log"}, "is not a socket"),
+            ("nbd_server_add_listener", {"path": f"{DIR}/rpc.sock"}, "in use"),
+            ("nbd_server_add_listener", {}, "give either path"),
+            ("nbd_server_add_listener", {"traddr": "localhost"}, "no IP address"),
+            ("nbd_server_add_listener", {"traddr": "127.0.0.1", "trsvcid": str(PORT)}, "listened on already"),
+            ("nbd_server_add_listener", {"path": f"{DIR}/x", "dialect": "1997"}, "expected one of auto, fixed, newstyle"),
+            ("nbd_server_remove_listener", {"traddr": "127.0.0.1"}, "nothing listens on 127.0.0.1:10809"),
+            ("nbd_server_disconnect", {"id": 123456}, "no connection 123456")):
+        try:
+            call(method, **params)
+        except RuntimeError as e:
+            assert word in str(e) and str(e).startswith(method), f"{method} {params}: {e}"
+        else:
+            raise AssertionError(f"{method} {params} succeeded")
+    for _ in range(50):
+        connect().shutdown()
+    wait_for(lambda: len(os.listdir(f"/proc/{PID}/fd")) <= before)
+
+
+def bdev_removed():
+    """A bdev that goes takes its exports and their connections along."""
+    call("bdev_malloc_create", name="gone", num_blocks=2048, block_size=512)
+    call("nbd_server_create_export", name="gone", bdev_name="gone")
+    h = connect("gone")
+    h.pwrite(b"g" * 512, 0)
+    assert call("bdev_malloc_delete", name="gone") is True
+    assert "gone" not in [e["name"] for e in call("nbd_server_get_exports")]
+    try:
+        h.pread(512, 0)
+    except nbd.Error:
+        pass
+    else:
+        raise AssertionError("served after the end of the bdev")
+
+
+def resize():
+    """Requests follow the size of the bdev; a client hears of it when it connects again."""
+    call("bdev_null_create", name="N0", num_blocks=2048, block_size=512)
+    call("nbd_server_create_export", name="null", bdev_name="N0")
+    h = connect("null", set_strict_mode=0)
+    assert h.get_size() == 1 << 20
+    with refused(errno.EINVAL):
+        h.pread(512, 1 << 20)
+    call("bdev_null_resize", name="N0", new_size=2)
+    h.pread(512, 1 << 20)
+    h.shutdown()
+    assert connect("null").get_size() == 2 << 20
+    call("nbd_server_delete_export", name="null")
+    call("bdev_null_delete", name="N0")
+
+
+def configuration():
+    """What is saved is what was loaded."""
+    calls = call("framework_get_config", name="nbd_server")
+    create = [c["params"] for c in calls if c["method"] == "nbd_server_create_export"]
+    assert {"name": "readonly", "bdev_name": "M0", "read_only": True} in create, create
+    listen = [c["params"] for c in calls if c["method"] == "nbd_server_add_listener"]
+    assert {"path": SOCK, "dialect": "auto", "export": "disk"} in listen, listen
+    assert {"adrfam": "ipv4", "traddr": "127.0.0.1", "trsvcid": str(PORT), "dialect": "auto"} in listen, listen
+    assert len(calls) == 7, calls
+
+
+def idle():
+    """Quiet connections cost nothing."""
+    clients = [connect() for _ in range(100)]
+    assert all(h.pread(512, 0) for h in clients)
+    time.sleep(0.5)
+
+    def ticks():
+        with open(f"/proc/{PID}/stat") as stat:
+            return sum(int(n) for n in stat.read().rsplit(")", 1)[1].split()[11:13])
+
+    before = ticks()
+    time.sleep(2)
+    used = ticks() - before
+    assert used <= 0.05 * 2 * os.sysconf("SC_CLK_TCK"), f"{used} ticks in 2 s"
+    for h in clients:
+        h.shutdown()
+
+
+for test in (handshakes, names, options, refusals, raw, large, queue, slow_reader, control, bdev_removed, resize,
+             configuration, idle):
+    print(test.__name__, flush=True)
+    test()

@@ -1,0 +1,71 @@
+//! The completion queue of an engine.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::event::{EventfdFlags, eventfd};
+use verbs::Wc;
+
+use crate::udp::sys;
+
+/// Work completions that the user has not fetched.
+pub struct Completions {
+    queue: VecDeque<Wc>,
+    entries: usize,
+    overrun: bool,
+    /// The next completion is to be announced.
+    armed: bool,
+    bell: OwnedFd,
+}
+
+impl Completions {
+    /// # Errors
+    /// Out of file descriptors.
+    pub fn new(entries: u32) -> io::Result<Self> {
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let entries = entries as usize;
+        Ok(Self { queue: VecDeque::with_capacity(entries), entries, overrun: false, armed: false, bell })
+    }
+
+    /// Adds a completion. One too many, and the queue is lost.
+    pub fn push(&mut self, wc: Wc) {
+        if self.queue.len() >= self.entries {
+            self.overrun = true;
+        } else {
+            self.queue.push_back(wc);
+        }
+        if std::mem::take(&mut self.armed) {
+            sys::notify(self.bell.as_fd());
+        }
+    }
+
+    /// Completions were lost.
+    pub fn is_overrun(&self) -> bool {
+        self.overrun
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    /// Moves completions to the start of `out`.
+    pub fn take(&mut self, out: &mut [Wc]) -> usize {
+        let n = out.len().min(self.queue.len());
+        for (to, from) in out.iter_mut().zip(self.queue.drain(..n)) {
+            *to = from;
+        }
+        n
+    }
+
+    /// The next completion rings the bell; rings before are forgotten.
+    pub fn arm(&mut self) {
+        sys::drain(self.bell.as_fd());
+        self.armed = true;
+    }
+
+    /// Readable when a completion came after [`Completions::arm`].
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.bell.as_fd()
+    }
+}

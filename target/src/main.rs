@@ -1,0 +1,7 @@
+//! `rnbd-target`: arguments, and the exit status.
+
+mod args;
+
+fn main() -> std::process::ExitCode {
+    engine::args::main(rnbd_target::PROGRAM, args::options())
+}

@@ -1,0 +1,286 @@
+//! The name space: which bdev a client's device path means, and who may have it.
+
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use rnbd_proto::errno::Errno;
+use rnbd_proto::open::SearchPath;
+use serde::{Deserialize, Serialize};
+
+/// Who may open an export. All given parts must match.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Allow {
+    /// Session name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session: Option<String>,
+    /// Source address, `10.0.0.7`, or network, `10.0.0.0/24`, `fd00::/8`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub addr: Option<String>,
+}
+
+/// An entry of the export table.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Export {
+    /// What clients ask for, below `dev_search_path`; without leading slash.
+    pub device_path: String,
+    /// The bdev behind it.
+    pub bdev_name: String,
+    /// Nobody may open it for writing.
+    pub read_only: bool,
+    /// Empty: everybody.
+    pub allow: Vec<Allow>,
+}
+
+/// Not a valid export.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ExportError {
+    /// Taken.
+    #[error("device_path '{0}' is exported already; delete that export first")]
+    Exists(String),
+    /// Not there.
+    #[error("no export with device_path '{0}'; rnbd_get_exports lists those that exist")]
+    NotFound(String),
+    /// Bad path.
+    #[error("device_path '{0}': use 1 to 254 characters without '..', such as disk0 or pool/disk0")]
+    Path(String),
+    /// Bad allow entry.
+    #[error("allow: '{0}' is no address and no network; write 10.0.0.7, 10.0.0.0/24 or fd00::/8")]
+    Addr(String),
+    /// Empty allow entry.
+    #[error("allow: an entry needs session, addr or both")]
+    EmptyAllow,
+}
+
+/// What a device path led to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Found {
+    /// A bdev.
+    Bdev {
+        /// Its name.
+        name: String,
+        /// The export forbids writing.
+        read_only: bool,
+    },
+    /// A file or block device to be opened as a bdev of this name.
+    File(PathBuf),
+}
+
+/// The export table and the rules around it.
+#[derive(Debug, Default)]
+pub struct Exports {
+    /// Where device paths are looked up.
+    pub search_path: SearchPath,
+    /// Open files and block devices below the search path.
+    pub open_files: bool,
+    table: Vec<Export>,
+}
+
+impl Exports {
+    /// Adds an entry.
+    ///
+    /// # Errors
+    /// [`ExportError`].
+    pub fn add(&mut self, mut export: Export) -> Result<(), ExportError> {
+        let path = normal(&export.device_path);
+        if path.is_empty() || path.len() > 254 || path.contains("..") || path.contains('\0') {
+            return Err(ExportError::Path(export.device_path));
+        }
+        if self.table.iter().any(|e| e.device_path == path) {
+            return Err(ExportError::Exists(path));
+        }
+        for allow in &export.allow {
+            if allow.session.is_none() && allow.addr.is_none() {
+                return Err(ExportError::EmptyAllow);
+            }
+            if let Some(addr) = &allow.addr {
+                parse_network(addr).ok_or_else(|| ExportError::Addr(addr.clone()))?;
+            }
+        }
+        export.device_path = path;
+        self.table.push(export);
+        Ok(())
+    }
+
+    /// Removes an entry; devices that are open stay open.
+    ///
+    /// # Errors
+    /// [`ExportError::NotFound`].
+    pub fn remove(&mut self, device_path: &str) -> Result<Export, ExportError> {
+        let path = normal(device_path);
+        let i = self.table.iter().position(|e| e.device_path == path);
+        i.map(|i| self.table.remove(i)).ok_or_else(|| ExportError::NotFound(device_path.into()))
+    }
+
+    /// All entries, in order of creation.
+    pub fn list(&self) -> &[Export] {
+        &self.table
+    }
+
+    /// Looks a client's device path up. `is_bdev` knows the bdevs.
+    ///
+    /// # Errors
+    /// The errno for the client: EINVAL for impossible names, EACCES for those it may not have, ENOENT.
+    pub fn resolve(
+        &self,
+        sessname: &str,
+        peer: IpAddr,
+        device_path: &str,
+        is_bdev: impl Fn(&str) -> bool,
+    ) -> Result<Found, Errno> {
+        let full = self.search_path.full_path(sessname, device_path).map_err(|bad| bad.errno())?;
+        let prefix = self.search_path.prefix(sessname);
+        let remainder = full.strip_prefix(&prefix).unwrap_or(&full);
+        let names = [remainder, full.trim_start_matches('/')];
+        if let Some(export) = self.table.iter().find(|e| names.contains(&e.device_path.as_str())) {
+            if !allowed(&export.allow, sessname, peer) {
+                return Err(Errno::EACCES);
+            }
+            return Ok(Found::Bdev { name: export.bdev_name.clone(), read_only: export.read_only });
+        }
+        if is_bdev(remainder) {
+            // By its own name only while no export says who may have it.
+            if self.table.iter().any(|e| e.bdev_name == remainder) {
+                return Err(Errno::EACCES);
+            }
+            return Ok(Found::Bdev { name: remainder.into(), read_only: false });
+        }
+        if !self.open_files {
+            return Err(Errno::ENOENT);
+        }
+        real_path(&prefix, &full).map(Found::File)
+    }
+}
+
+/// The file behind `full` without symbolic links, if it lies below `prefix`.
+fn real_path(prefix: &str, full: &str) -> Result<PathBuf, Errno> {
+    let io = |e: std::io::Error| Errno::from_raw(e.raw_os_error().unwrap_or(5)).unwrap_or(Errno::EIO);
+    let base = Path::new(prefix).canonicalize().map_err(io)?;
+    let path = Path::new(full).canonicalize().map_err(io)?;
+    if !path.starts_with(&base) {
+        tracing::warn!(path = full, target = %path.display(), "refused: leaves the search path");
+        return Err(Errno::EACCES);
+    }
+    if path.is_dir() {
+        return Err(Errno::ENOTBLK);
+    }
+    Ok(path)
+}
+
+fn normal(path: &str) -> String {
+    path.split('/').filter(|part| !part.is_empty()).collect::<Vec<_>>().join("/")
+}
+
+fn allowed(allow: &[Allow], sessname: &str, peer: IpAddr) -> bool {
+    let matches = |a: &Allow| {
+        a.session.as_deref().is_none_or(|s| s == sessname)
+            && a.addr.as_deref().is_none_or(|n| parse_network(n).is_some_and(|n| contains(n, peer)))
+    };
+    allow.is_empty() || allow.iter().any(matches)
+}
+
+/// Address and prefix length.
+fn parse_network(text: &str) -> Option<(IpAddr, u32)> {
+    let (addr, len) = match text.split_once('/') {
+        Some((a, l)) => (a, Some(l.parse::<u32>().ok()?)),
+        None => (text, None),
+    };
+    let addr: IpAddr = addr.parse::<IpAddr>().ok()?.to_canonical();
+    let bits = if addr.is_ipv4() { 32 } else { 128 };
+    let len = len.unwrap_or(bits);
+    (len <= bits).then_some((addr, len))
+}
+
+fn contains((net, len): (IpAddr, u32), addr: IpAddr) -> bool {
+    let bits = |a: IpAddr| match a {
+        IpAddr::V4(a) => (u128::from(u32::from(a)) << 96, 32),
+        IpAddr::V6(a) => (u128::from(a), 128),
+    };
+    let ((a, a_kind), (n, n_kind)) = (bits(addr.to_canonical()), bits(net));
+    let mask = if len == 0 { 0 } else { u128::MAX << (128 - len) };
+    a_kind == n_kind && a & mask == n & mask
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn export(path: &str, bdev: &str, allow: Vec<Allow>) -> Export {
+        Export { device_path: path.into(), bdev_name: bdev.into(), read_only: false, allow }
+    }
+
+    fn exports(path: &str) -> Exports {
+        Exports { search_path: SearchPath::new(path).unwrap(), ..Exports::default() }
+    }
+
+    const PEER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 7));
+
+    fn bdev(name: &str) -> Result<Found, Errno> {
+        Ok(Found::Bdev { name: name.into(), read_only: false })
+    }
+
+    #[test]
+    fn exports_come_before_bdevs() {
+        let mut e = exports("/");
+        e.add(export("/disks//one", "M0", vec![])).unwrap();
+        assert_eq!(e.resolve("s", PEER, "disks/one", |_| true), bdev("M0"));
+        assert_eq!(e.resolve("s", PEER, "/disks/one", |_| true), bdev("M0"));
+        assert_eq!(e.resolve("s", PEER, "M1", |n| n == "M1"), bdev("M1"));
+        assert_eq!(e.resolve("s", PEER, "M0", |_| true), Err(Errno::EACCES));
+        assert_eq!(e.resolve("s", PEER, "M2", |_| false), Err(Errno::ENOENT));
+        assert_eq!(e.resolve("s", PEER, "a/../M1", |_| true), Err(Errno::EINVAL));
+    }
+
+    #[test]
+    fn session_names_make_own_name_spaces() {
+        let mut e = exports("/exports/%SESSNAME%/ignored");
+        e.add(export("M7", "B7", vec![])).unwrap();
+        assert_eq!(e.resolve("s", PEER, "M1", |n| n == "M1"), bdev("M1"));
+        assert_eq!(e.resolve("s", PEER, "M7", |_| false), bdev("B7"));
+        e.add(export("exports/alice/own", "B8", vec![])).unwrap();
+        assert_eq!(e.resolve("alice", PEER, "own", |_| false), bdev("B8"));
+        assert_eq!(e.resolve("bob", PEER, "own", |_| false), Err(Errno::ENOENT));
+    }
+
+    #[test]
+    fn allow_lists() {
+        let allow = |session: Option<&str>, addr: Option<&str>| Allow {
+            session: session.map(Into::into),
+            addr: addr.map(Into::into),
+        };
+        let mut e = exports("/");
+        e.add(export("d", "M0", vec![allow(Some("alice"), Some("10.0.0.0/24")), allow(Some("bob"), None)]))
+            .unwrap();
+        let ask = |s: &str, a: &str| e.resolve(s, a.parse().unwrap(), "d", |_| true).is_ok();
+        assert!(ask("alice", "10.0.0.7") && ask("alice", "::ffff:10.0.0.7") && ask("bob", "192.0.2.1"));
+        assert!(!ask("alice", "10.0.1.7") && !ask("eve", "10.0.0.7") && !ask("alice", "fd00::1"));
+        assert_eq!(e.add(export("x", "M", vec![allow(None, None)])), Err(ExportError::EmptyAllow));
+        assert!(matches!(
+            e.add(export("x", "M", vec![allow(None, Some("10.0.0.0/33"))])),
+            Err(ExportError::Addr(_))
+        ));
+        assert!(contains(parse_network("::/0").unwrap(), "fd00::1".parse().unwrap()));
+        assert!(!contains(parse_network("::/0").unwrap(), PEER));
+    }
+
+    #[test]
+    fn files_stay_below_the_search_path() {
+        let dir = std::env::temp_dir().join(format!("rnbd-export-{}", std::process::id()));
+        std::fs::create_dir_all(dir.join("in")).unwrap();
+        std::fs::write(dir.join("in/disk"), b"x").unwrap();
+        std::fs::write(dir.join("secret"), b"x").unwrap();
+        let link = |to: &str, name: &str| std::os::unix::fs::symlink(to, dir.join("in").join(name)).unwrap();
+        link("../secret", "out");
+        link("disk", "alias");
+        let mut e = exports(dir.join("in").to_str().unwrap());
+        e.open_files = true;
+        let real = dir.canonicalize().unwrap().join("in/disk");
+        let ask = |name: &str| e.resolve("s", PEER, name, |_| false);
+        assert_eq!(ask("disk"), Ok(Found::File(real.clone())));
+        assert_eq!(ask("alias"), Ok(Found::File(real)));
+        assert_eq!(ask("out"), Err(Errno::EACCES));
+        assert_eq!(ask("gone"), Err(Errno::ENOENT));
+        assert_eq!(ask("../secret"), Err(Errno::EINVAL));
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+}

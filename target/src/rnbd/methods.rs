@@ -1,0 +1,536 @@
+//! `rnbd_*`: listeners, exports, sessions.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use engine::App;
+use rnbd_proto::open::SearchPath;
+use rpc::{MethodTable, RpcError, States};
+use rtrs_poll::{Choice, ListenError, Provider, owns_no_device};
+use rtrs_proto::limits::Geometry;
+use rtrs_proto::response::ReadStyle;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::control::SessionDevices;
+use super::export::{Allow, Export, ExportError};
+use super::subsystem::{RnbdState, Server, control, exports, server, state};
+
+/// RTRS_PORT.
+const DEFAULT_PORT: u16 = 1234;
+
+pub(super) fn register(t: &mut MethodTable<App>) {
+    t.method_sync::<SetOptions, _>("rnbd_set_options", States::STARTUP, |app, p| set_options(app, &p));
+    t.method::<Listen>("rnbd_create_listener", States::RUNTIME, |app, p, r| {
+        app.later(move |app, cx| r.reply(create_listener(app, cx, &p)));
+    });
+    t.method_sync::<Unlisten, _>("rnbd_delete_listener", States::RUNTIME, |app, p| {
+        let addr = socket_addr("rnbd_delete_listener", None, &p.traddr, p.trsvcid.as_deref())?;
+        server(app)?
+            .borrow_mut()
+            .unlisten(addr)
+            .map(|()| true)
+            .map_err(|e| listen_error("rnbd_delete_listener", &e))
+    });
+    t.method_without_params("rnbd_get_listeners", States::RUNTIME, |app, r| r.reply(listeners(app)));
+    t.method_sync::<CreateExport, _>("rnbd_create_export", States::RUNTIME, create_export);
+    t.method_sync::<DevicePath, _>("rnbd_delete_export", States::RUNTIME, |app, p| {
+        let removed = exports(app)?.borrow_mut().remove(&p.device_path);
+        removed.map(|_| true).map_err(|e| export_error("rnbd_delete_export", &e))
+    });
+    t.method_sync::<GetExports, _>("rnbd_get_exports", States::RUNTIME, |app, p| {
+        list_exports(app, p.device_path.as_deref())
+    });
+    t.method_sync::<SessionFilter, _>("rnbd_get_sessions", States::RUNTIME, |app, p| {
+        sessions(app, p.session.as_deref())
+    });
+    t.method::<PathParams>("rnbd_disconnect_path", States::RUNTIME, |app, p, r| {
+        app.later(move |app, cx| r.reply(disconnect(app, cx, &p.session, Some(&p.path))));
+    });
+    t.method::<SessionParams>("rnbd_disconnect_session", States::RUNTIME, |app, p, r| {
+        app.later(move |app, cx| r.reply(disconnect(app, cx, &p.session, None)));
+    });
+    t.method_sync::<StatsFilter, _>("rnbd_get_path_stats", States::RUNTIME, |app, p| {
+        path_stats(app, p.session.as_deref(), p.path.as_deref())
+    });
+    t.method_sync::<StatsFilter, _>("rnbd_reset_path_stats", States::RUNTIME, |app, p| {
+        server(app)?.borrow().reset_path_stats(p.session.as_deref(), p.path.as_deref());
+        Ok(true)
+    });
+    t.method_without_params("rnbd_get_devices", States::RUNTIME, |app, r| r.reply(rdma_devices(app)));
+    t.method_sync::<ForceClose, _>("rnbd_force_close", States::RUNTIME, |app, p| force_close(app, &p));
+}
+
+/// Options of the RNBD server; what is absent stays as it is.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SetOptions {
+    queue_depth: Option<u16>,
+    max_io_size: Option<u32>,
+    max_hdr_size: Option<u32>,
+    rotate_rkeys: Option<bool>,
+    dev_search_path: Option<String>,
+    open_files: Option<bool>,
+    /// Only if every client runs Linux 6.12 or later, see [`rtrs_poll::Options::reads`].
+    one_message_reads: Option<bool>,
+    heartbeat_interval_ms: Option<u32>,
+    heartbeat_missed_max: Option<u32>,
+    half_open_timeout_ms: Option<u32>,
+    max_sessions: Option<u32>,
+    max_paths: Option<u32>,
+    max_connections: Option<u32>,
+}
+
+fn set_options(app: &mut App, p: &SetOptions) -> Result<bool, RpcError> {
+    const METHOD: &str = "rnbd_set_options";
+    let old = state(app)?.borrow().options.geometry;
+    let geometry = Geometry::new(
+        p.queue_depth.unwrap_or(old.queue_depth()),
+        p.max_io_size.unwrap_or(old.max_io_size()),
+        p.max_hdr_size.unwrap_or(old.max_hdr_size()),
+    )
+    .map_err(|e| invalid(METHOD, "queue_depth", e.to_string()))?;
+    if !geometry.is_page_aligned() {
+        let text =
+            "max_io_size + max_hdr_size must be a multiple of 4096, so that every chunk starts on a page";
+        return Err(invalid(METHOD, "max_io_size", text));
+    }
+    let search_path = p.dev_search_path.as_deref().map(SearchPath::new).transpose();
+    let search_path = search_path.map_err(|e| invalid(METHOD, "dev_search_path", e.to_string()))?;
+    for (name, value) in [
+        ("heartbeat_interval_ms", p.heartbeat_interval_ms),
+        ("half_open_timeout_ms", p.half_open_timeout_ms),
+        ("max_sessions", p.max_sessions),
+        ("max_paths", p.max_paths),
+        ("max_connections", p.max_connections),
+    ] {
+        if value == Some(0) {
+            return Err(invalid(METHOD, name, format!("{name} must be at least 1")));
+        }
+    }
+    apply_options(&mut state(app)?.borrow_mut().options, p, geometry);
+    let exports = exports(app)?;
+    let mut exports = exports.borrow_mut();
+    if let Some(path) = search_path {
+        exports.search_path = path;
+    }
+    exports.open_files = p.open_files.unwrap_or(exports.open_files);
+    Ok(true)
+}
+
+fn apply_options(o: &mut rtrs_poll::Options, p: &SetOptions, geometry: Geometry) {
+    o.geometry = geometry;
+    o.rotate_rkeys = p.rotate_rkeys.unwrap_or(o.rotate_rkeys);
+    if let Some(one) = p.one_message_reads {
+        o.reads = if one { ReadStyle::OneMessage } else { ReadStyle::Invalidate };
+    }
+    if let Some(ms) = p.heartbeat_interval_ms {
+        o.heartbeat.interval_ns = u64::from(ms) * 1_000_000;
+    }
+    o.heartbeat.missed_max = p.heartbeat_missed_max.unwrap_or(o.heartbeat.missed_max);
+    if let Some(ms) = p.half_open_timeout_ms {
+        o.half_open_timeout = Duration::from_millis(ms.into());
+    }
+    o.max_sessions = p.max_sessions.unwrap_or(o.max_sessions);
+    o.max_paths = p.max_paths.unwrap_or(o.max_paths);
+    o.max_connections = p.max_connections.unwrap_or(o.max_connections);
+}
+
+/// The options in force, as `rnbd_set_options` takes them.
+fn options_config(state: &RnbdState) -> Value {
+    let o = &state.options;
+    let exports = state.exports.borrow();
+    json!({"method": "rnbd_set_options", "params": {
+        "queue_depth": o.geometry.queue_depth(),
+        "max_io_size": o.geometry.max_io_size(),
+        "max_hdr_size": o.geometry.max_hdr_size(),
+        "rotate_rkeys": o.rotate_rkeys,
+        "dev_search_path": exports.search_path.as_str(),
+        "open_files": exports.open_files,
+        "one_message_reads": o.reads == ReadStyle::OneMessage,
+        "heartbeat_interval_ms": o.heartbeat.interval_ns / 1_000_000,
+        "heartbeat_missed_max": o.heartbeat.missed_max,
+        "half_open_timeout_ms": o.half_open_timeout.as_millis() as u64,
+        "max_sessions": o.max_sessions,
+        "max_paths": o.max_paths,
+        "max_connections": o.max_connections,
+    }})
+}
+
+/// The calls that make the present state of this subsystem.
+pub(super) fn config(app: &App) -> Vec<Value> {
+    let Ok(state) = state(app) else { return Vec::new() };
+    let state = state.borrow();
+    let mut calls = vec![options_config(&state)];
+    for e in state.exports.borrow().list() {
+        calls.push(json!({"method": "rnbd_create_export", "params": {
+            "device_path": e.device_path, "bdev_name": e.bdev_name, "read_only": e.read_only, "allow": e.allow,
+        }}));
+    }
+    let Some(server) = &state.server else { return calls };
+    for l in server.borrow().listeners() {
+        calls.push(json!({"method": "rnbd_create_listener", "params": {
+            "adrfam": if l.addr.is_ipv4() { "ipv4" } else { "ipv6" },
+            "traddr": l.addr.ip().to_string(), "trsvcid": l.addr.port().to_string(), "provider": l.provider,
+        }}));
+    }
+    calls
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Listen {
+    adrfam: Option<String>,
+    traddr: String,
+    trsvcid: Option<String>,
+    provider: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Unlisten {
+    traddr: String,
+    trsvcid: Option<String>,
+}
+
+fn create_listener(app: &mut App, cx: &mut reactor::Turn<'_>, p: &Listen) -> Result<bool, RpcError> {
+    const METHOD: &str = "rnbd_create_listener";
+    let addr = socket_addr(METHOD, p.adrfam.as_deref(), &p.traddr, p.trsvcid.as_deref())?;
+    let server = server(app)?;
+    let mut server = server.borrow_mut();
+    let name = p.provider.as_deref().unwrap_or("auto");
+    if name == "loopback" {
+        return server.listen(addr, name).map(|_| true).map_err(|e| listen_error(METHOD, &e));
+    }
+    let Some(choice) = Choice::parse(name) else {
+        let text = format!("unknown provider '{name}': use {}", Choice::NAMES.join(", "));
+        return Err(invalid(METHOD, "provider", text));
+    };
+    let (last, others) = choice.candidates(addr.ip()).split_last().expect("there is always one");
+    for provider in others {
+        match listen_through(&mut server, cx, addr, *provider) {
+            Ok(()) => return Ok(true),
+            Err(Refusal::Missing(why)) => {
+                tracing::debug!(%why, "no {} for {addr}: trying {}", provider.name(), last.name());
+            }
+            Err(Refusal::Other(e)) => return Err(listen_error(METHOD, &e)),
+        }
+    }
+    listen_through(&mut server, cx, addr, *last).map(|()| true).map_err(|refusal| match refusal {
+        Refusal::Missing(e) => verbs_error(METHOD, &e),
+        Refusal::Other(e) => listen_error(METHOD, &e),
+    })
+}
+
+/// Why a provider does not listen.
+enum Refusal {
+    /// The host or the address has no device for it.
+    Missing(verbs::Error),
+    Other(ListenError),
+}
+
+fn listen_through(
+    server: &mut Server,
+    cx: &mut reactor::Turn<'_>,
+    addr: SocketAddr,
+    provider: Provider,
+) -> Result<(), Refusal> {
+    if !server.has_provider(provider.name()) {
+        let cm = provider.open().map_err(Refusal::Missing)?;
+        server.add_cm(cx, cm).map_err(|source| {
+            let what = format!("watch the events of {}", provider.name());
+            Refusal::Other(ListenError::Verbs(verbs::Error { what, source, hint: String::new() }))
+        })?;
+    }
+    match server.listen(addr, provider.name()) {
+        Ok(_) => Ok(()),
+        Err(ListenError::Verbs(e)) if owns_no_device(&e) => Err(Refusal::Missing(e)),
+        Err(e) => Err(Refusal::Other(e)),
+    }
+}
+
+fn socket_addr(
+    method: &str,
+    adrfam: Option<&str>,
+    traddr: &str,
+    trsvcid: Option<&str>,
+) -> Result<SocketAddr, RpcError> {
+    let ip: IpAddr = traddr.parse().map_err(|_| {
+        invalid(method, "traddr", format!("traddr '{traddr}' is no IP address; write 10.0.0.1 or fd00::1"))
+    })?;
+    let right = if ip.is_ipv4() { "ipv4" } else { "ipv6" };
+    if adrfam.is_some_and(|a| !a.eq_ignore_ascii_case(right)) {
+        let text =
+            format!("adrfam '{}' does not fit traddr '{traddr}': use {right}", adrfam.unwrap_or_default());
+        return Err(invalid(method, "adrfam", text));
+    }
+    let port = match trsvcid {
+        None => DEFAULT_PORT,
+        Some(p) => p.parse().map_err(|_| {
+            invalid(method, "trsvcid", format!("trsvcid '{p}' is no port number (0 to 65535)"))
+        })?,
+    };
+    Ok(SocketAddr::new(ip, port))
+}
+
+fn listeners(app: &App) -> Result<Value, RpcError> {
+    let server = server(app)?;
+    let list = server.borrow().listeners();
+    let row = |l: rtrs_poll::Listening| {
+        json!({
+            "adrfam": if l.addr.is_ipv4() { "ipv4" } else { "ipv6" },
+            "traddr": l.addr.ip().to_string(), "trsvcid": l.addr.port().to_string(), "provider": l.provider,
+        })
+    };
+    Ok(list.into_iter().map(row).collect())
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CreateExport {
+    device_path: String,
+    bdev_name: String,
+    #[serde(default)]
+    read_only: bool,
+    #[serde(default)]
+    allow: Vec<Allow>,
+}
+
+fn create_export(app: &mut App, p: CreateExport) -> Result<bool, RpcError> {
+    const METHOD: &str = "rnbd_create_export";
+    app.manager.get(&p.bdev_name).map_err(|e| {
+        RpcError::errno(e.errno(), format!("{METHOD}: {e}")).method(METHOD).object("bdev", &p.bdev_name)
+    })?;
+    let export =
+        Export { device_path: p.device_path, bdev_name: p.bdev_name, read_only: p.read_only, allow: p.allow };
+    exports(app)?.borrow_mut().add(export).map(|()| true).map_err(|e| export_error(METHOD, &e))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DevicePath {
+    device_path: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct GetExports {
+    device_path: Option<String>,
+}
+
+#[derive(Serialize)]
+struct ExportRow {
+    device_path: String,
+    bdev_name: String,
+    read_only: bool,
+    allow: Vec<Allow>,
+    opens: Vec<Value>,
+}
+
+fn list_exports(app: &App, wanted: Option<&str>) -> Result<Vec<ExportRow>, RpcError> {
+    let sessions = control(app)?.borrow().sessions();
+    let opens = |bdev: &str| -> Vec<Value> {
+        let of = |s: &SessionDevices| {
+            let rows = s.devices.iter().filter(|d| d.bdev_name == bdev);
+            rows.map(|d| {
+                json!({
+                    "session": s.session, "device_id": d.device_id, "mapping_path": d.device_path,
+                    "access_mode": d.access_mode, "read_only": d.read_only,
+                })
+            })
+            .collect::<Vec<_>>()
+        };
+        sessions.iter().flat_map(of).collect()
+    };
+    let exports = exports(app)?;
+    let exports = exports.borrow();
+    let rows: Vec<ExportRow> = exports
+        .list()
+        .iter()
+        .filter(|e| wanted.is_none_or(|w| w.trim_start_matches('/') == e.device_path))
+        .map(|e| ExportRow {
+            device_path: e.device_path.clone(),
+            bdev_name: e.bdev_name.clone(),
+            read_only: e.read_only,
+            allow: e.allow.clone(),
+            opens: opens(&e.bdev_name),
+        })
+        .collect();
+    match wanted {
+        Some(w) if rows.is_empty() => Err(export_error("rnbd_get_exports", &ExportError::NotFound(w.into()))),
+        _ => Ok(rows),
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SessionFilter {
+    session: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SessionParams {
+    session: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PathParams {
+    session: String,
+    path: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StatsFilter {
+    session: Option<String>,
+    path: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ForceClose {
+    session: String,
+    device_path: String,
+}
+
+fn sessions(app: &App, wanted: Option<&str>) -> Result<Vec<Value>, RpcError> {
+    let open = control(app)?.borrow().sessions();
+    let devices = |session: &str| -> Vec<Value> {
+        let of = open.iter().filter(|s| s.session == session).flat_map(|s| &s.devices);
+        of.map(|d| {
+            json!({
+                "device_id": d.device_id, "device_path": d.device_path, "bdev_name": d.bdev_name,
+                "access_mode": d.access_mode, "read_only": d.read_only,
+            })
+        })
+        .collect()
+    };
+    let server = server(app)?;
+    let all = server.borrow().sessions(Instant::now());
+    let rows = all.iter().filter(|s| wanted.is_none_or(|w| w == s.name)).map(|s| {
+        json!({
+            "session": s.name, "uuid": s.uuid, "inflight": s.inflight, "queue_depth": s.queue_depth,
+            "chunk_size": s.chunk_size, "devices": devices(&s.name),
+            "paths": s.paths.iter().map(path_row).collect::<Vec<_>>(),
+        })
+    });
+    let rows: Vec<Value> = rows.collect();
+    match wanted {
+        Some(w) if rows.is_empty() => Err(no_session("rnbd_get_sessions", w)),
+        _ => Ok(rows),
+    }
+}
+
+fn path_row(p: &rtrs_poll::PathInfo) -> Value {
+    json!({
+        "path": p.name, "src": p.src, "dst": p.dst, "device": p.device, "provider": p.provider, "state": p.state,
+        "connections": p.connections, "reactors": p.reactors, "heartbeat_us": p.heartbeat_ns / 1000,
+        "age_sec": p.age_sec, "stats": stats_row(&p.stats),
+    })
+}
+
+fn stats_row(s: &rtrs_poll::PathStats) -> Value {
+    json!({"rd_cnt": s.rd_cnt, "rd_bytes": s.rd_bytes, "wr_cnt": s.wr_cnt, "wr_bytes": s.wr_bytes})
+}
+
+/// RDMA devices in use, with whatever their provider counts.
+fn rdma_devices(app: &App) -> Result<Value, RpcError> {
+    let server = server(app)?;
+    let row = |d: &Arc<dyn verbs::Device>| {
+        let mut counters = serde_json::Map::new();
+        d.counters(&mut |name, value| {
+            counters.insert(name.into(), value.into());
+        });
+        json!({"device": d.info().name, "provider": d.info().provider, "counters": counters})
+    };
+    Ok(server.borrow().devices().iter().map(row).collect())
+}
+
+fn path_stats(app: &App, session: Option<&str>, path: Option<&str>) -> Result<Vec<Value>, RpcError> {
+    let server = server(app)?;
+    let all = server.borrow().sessions(Instant::now());
+    let mut rows = Vec::new();
+    for s in all.iter().filter(|s| session.is_none_or(|w| w == s.name)) {
+        for p in s.paths.iter().filter(|p| path.is_none_or(|w| w == p.name)) {
+            let mut row = stats_row(&p.stats);
+            row["session"] = s.name.clone().into();
+            row["path"] = p.name.clone().into();
+            rows.push(row);
+        }
+    }
+    match session {
+        Some(w) if rows.is_empty() => Err(no_session("rnbd_get_path_stats", w)),
+        _ => Ok(rows),
+    }
+}
+
+fn disconnect(
+    app: &mut App,
+    cx: &mut reactor::Turn<'_>,
+    session: &str,
+    path: Option<&str>,
+) -> Result<bool, RpcError> {
+    let server = server(app)?;
+    let closed = server.borrow_mut().disconnect_path(cx, session, path);
+    if closed > 0 {
+        return Ok(true);
+    }
+    let Some(path) = path else { return Err(no_session("rnbd_disconnect_session", session)) };
+    let text = format!("rnbd_disconnect_path: session '{session}' has no path '{path}'");
+    Err(RpcError::errno(2, text)
+        .method("rnbd_disconnect_path")
+        .object("path", path)
+        .hint("rnbd_get_sessions shows paths as ip:CLIENT@ip:SERVER"))
+}
+
+fn force_close(app: &mut App, p: &ForceClose) -> Result<bool, RpcError> {
+    let closed = control(app)?.borrow_mut().force_close(&p.session, &p.device_path);
+    if closed > 0 {
+        return Ok(true);
+    }
+    let text = format!("rnbd_force_close: session '{}' has no device '{}' open", p.session, p.device_path);
+    Err(RpcError::errno(2, text)
+        .method("rnbd_force_close")
+        .object("device_path", &p.device_path)
+        .hint("rnbd_get_sessions lists open devices"))
+}
+
+fn invalid(method: &str, param: &str, text: impl Into<String>) -> RpcError {
+    RpcError::invalid_params(format!("{method}: {}", text.into())).method(method).param(param)
+}
+
+fn no_session(method: &str, session: &str) -> RpcError {
+    RpcError::errno(2, format!("{method}: no session '{session}'"))
+        .method(method)
+        .object("session", session)
+        .hint("rnbd_get_sessions lists those that are connected")
+}
+
+fn export_error(method: &str, e: &ExportError) -> RpcError {
+    let errno = match e {
+        ExportError::Exists(_) => 17,
+        ExportError::NotFound(_) => 2,
+        ExportError::Path(_) | ExportError::Addr(_) | ExportError::EmptyAllow => 22,
+    };
+    RpcError::errno(errno, format!("{method}: {e}")).method(method)
+}
+
+fn verbs_error(method: &str, e: &verbs::Error) -> RpcError {
+    let errno = e.source.raw_os_error().unwrap_or(19);
+    let error = RpcError::errno(errno, format!("{method}: {e}")).method(method);
+    if e.hint.is_empty() { error } else { error.hint(&e.hint) }
+}
+
+fn listen_error(method: &str, e: &ListenError) -> RpcError {
+    let errno = match e {
+        ListenError::Verbs(v) => return verbs_error(method, v),
+        ListenError::Provider(..) => 19,
+        ListenError::Exists(_) => 17,
+        ListenError::NotFound(_) => 2,
+        ListenError::Stopping => 108,
+    };
+    RpcError::errno(errno, format!("{method}: {e}")).method(method)
+}

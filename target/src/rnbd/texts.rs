@@ -1,0 +1,40 @@
+//! What the methods do, for `docs/rpc.md`.
+
+use engine::MethodText;
+
+pub(super) const TEXTS: &[MethodText] = &[
+    (
+        "rnbd_create_export",
+        "true",
+        "Offers a bdev to clients under `device_path`; to all of them without `allow`. The parts of one `allow` must match together.",
+    ),
+    (
+        "rnbd_create_listener",
+        "true",
+        "Accepts clients on an address. `trsvcid` 1234 if absent; `provider` rdma-core, soft-roce, or auto (default): rdma-core if a device owns the address, else soft-roce.",
+    ),
+    (
+        "rnbd_delete_export",
+        "true",
+        "Ends an export for new opens; devices that are open stay so, see rnbd_force_close.",
+    ),
+    ("rnbd_delete_listener", "true", "Stops accepting on an address; connected clients stay."),
+    ("rnbd_disconnect_path", "true", "Closes one path; the client reconnects."),
+    ("rnbd_disconnect_session", "true", "Closes all paths of a session."),
+    ("rnbd_force_close", "true", "Closes a device of a session from the server's side."),
+    (
+        "rnbd_get_devices",
+        "[{device, provider, counters}]",
+        "RDMA devices in use. `counters` has what a provider counts itself: with soft-roce packets by what became of them.",
+    ),
+    ("rnbd_get_exports", "[export]", "Exports, with those who have them open."),
+    ("rnbd_get_listeners", "[listener]", "Addresses that accept."),
+    ("rnbd_get_path_stats", "[{session, path, rd_cnt, rd_bytes, wr_cnt, wr_bytes}]", "Counters of paths."),
+    ("rnbd_get_sessions", "[session]", "Clients, their paths and open devices."),
+    ("rnbd_reset_path_stats", "true", "Sets the counters of paths to 0."),
+    (
+        "rnbd_set_options",
+        "true",
+        "Queue depth, sizes, limits and times of the RNBD server; what is absent stays.",
+    ),
+];
