@@ -1,7 +1,7 @@
 //! The error of a bdev as NBD says it, for sockets and for the kernel's driver alike.
 
 use bdev::Status;
-use nbd_proto::ErrorCode;
+use nbd_proto::wire::ErrorCode;
 
 /// What a client is told of a request that ended with `status`, which is not `Ok`. The specification ("Error values")
 /// allows no others; ESHUTDOWN is for a server on its way down, as which clients see both a device that is gone and

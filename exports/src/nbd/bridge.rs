@@ -1,10 +1,11 @@
 //! Between the words of NBD and those of bdev.
 
-use crate::nbd_error::error_code;
 use bdev::{Flags, Info, IoRequest, Op, Segments, Status};
 use nbd_poll::{Incoming, MAX_PAYLOAD};
 use nbd_proto::request::{Command, Export};
 use nbd_proto::wire::{ErrorCode, TransmissionFlags};
+
+use crate::nbd_error::error_code;
 
 /// What the kernel is told of a bdev of `blocks` blocks.
 pub(super) fn export(info: &Info, blocks: u64, read_only: bool) -> Export {

@@ -7,6 +7,8 @@ use nbd_poll::{Incoming, RequestId};
 use nbd_proto::request::Command;
 use nbd_proto::wire::ErrorCode;
 
+use crate::nbd_error::error_code;
+
 /// In the cookie of a bdev request: flush once it is done, then answer.
 const THEN_FLUSH: u64 = 1 << 63;
 
