@@ -4,7 +4,7 @@
 # REMOTE (run.sh -o) says who serves the disk: target (default), or kernel: rnbd_server; kernel-static is that without
 # always_invalidate. The initiator is where the kernel client would be, on rdma-core over rxe (VM_NET=rxe). With
 # VM_NET=soft the ends are swapped: the initiator is in the other network namespace, on soft-roce, and the server,
-# which may be the kernel's, on rxe.
+# which may be the kernel's, on rxe. So they are with VM_NET=tap, where the initiator is on the host (initiator-vhost).
 
 REMOTE=${REMOTE:-target}
 INITIATOR_SOCK=/run/rnbd-initiator.sock
@@ -12,15 +12,15 @@ INITIATOR_LOG=$OUT_DIR/initiator.log
 REMOTE_CONFIG=/run/remote.json
 
 # local_addr I, remote_addr I: of link I, as the initiator sees it.
-local_addr() { if [[ $VM_NET == soft ]]; then server_addr "$1"; else client_addr "$1"; fi; }
-remote_addr() { if [[ $VM_NET == soft ]]; then client_addr "$1"; else server_addr "$1"; fi; }
+local_addr() { if [[ $VM_NET == rxe ]]; then client_addr "$1"; else server_addr "$1"; fi; }
+remote_addr() { if [[ $VM_NET == rxe ]]; then server_addr "$1"; else client_addr "$1"; fi; }
 _initiator_prefix() { [[ $VM_NET != soft ]] || echo ip netns exec server; }
 
 # setup_remote [N]: N links and a server with one disk of 128 MiB, the file /scratch/disk.img. Prints nothing; the disk's
 # device_path is $REMOTE_PATH. start_remote, kill_remote: a target that goes and comes back.
 setup_remote() {
   local n=${1:-1} i listeners=
-  [[ $VM_NET != tap ]] || die "the initiator's scenarios run in the guest"
+  [[ $VM_NET != tap ]] || die "this scenario's initiator runs in the guest: use -n rxe or -n soft"
   setup_net "$n"
   setup_scratch 512
   truncate -s 128M /scratch/disk.img

@@ -190,11 +190,13 @@ server_disconnect() { echo 1 >"/sys/class/rtrs-server/$1/paths/ip:$(client_addr 
 
 # need_target: ends the scenario as failed if the program was not built.
 need_target() {
-  [[ -x $BIN_DIR/rnbd-target ]] || die "$BIN_DIR/rnbd-target is missing: cargo build --release, or -o BIN_DIR=…"
+  [[ -x $BIN_DIR/$TARGET_PROGRAM ]] || die "$BIN_DIR/$TARGET_PROGRAM is missing: cargo build --release, or -o BIN_DIR=…"
 }
 
 # start_target CONFIG [ARGUMENT...]: rnbd-target in the background on the server's end of the network, its pid in
-# TARGET_PID, its output in $OUT_DIR/target.log, until its RPC socket answers.
+# TARGET_PID, its output in $OUT_DIR/target.log, until its RPC socket answers. A scenario may name another program of ours
+# in TARGET_PROGRAM: all have the same options.
+TARGET_PROGRAM=rnbd-target
 start_target() {
   local config=$1
   shift
@@ -203,17 +205,17 @@ start_target() {
     sed "s#/scratch/#$HOST_JOB_DIR/scratch/#g" "$config" >"$OUT_DIR/target.json"
     rm -f "$OUT_DIR/target.status"
     TARGET_PID=$(on_server "cd '$HOST_JOB_DIR/out'
-      { '$BIN_DIR/rnbd-target' -c target.json -r '$TARGET_SOCK' ${*@Q} & echo \$! >target.pid
+      { '$BIN_DIR/$TARGET_PROGRAM' -c target.json -r '$TARGET_SOCK' ${*@Q} & echo \$! >target.pid
         wait \$!; echo \$? >target.status; } >>target.log 2>&1 </dev/null &
       until [ -s target.pid ]; do sleep 0.05; done; cat target.pid; rm target.pid")
   else
     # shellcheck disable=SC2046 # a list of words
-    $(_server_prefix) "$BIN_DIR/rnbd-target" -c "$config" -r "$TARGET_SOCK" "$@" >>"$TARGET_LOG" 2>&1 </dev/null &
+    $(_server_prefix) "$BIN_DIR/$TARGET_PROGRAM" -c "$config" -r "$TARGET_SOCK" "$@" >>"$TARGET_LOG" 2>&1 </dev/null &
     TARGET_PID=$!
   fi
   if ! wait_for 30 _target_up_or_dead || ! target_lives; then
     tail -n 20 "$TARGET_LOG" | sed 's/^/    target| /'
-    die "rnbd-target did not come up with $config"
+    die "$TARGET_PROGRAM did not come up with $config"
   fi
 }
 _target_up_or_dead() { ! target_lives || rpc rpc_get_methods; }
