@@ -1,5 +1,11 @@
 //! Structures and numbers of the transmission phase, any bytes (NBD `doc/proto.md`, "Transmission phase" and "Values").
 
+mod chunk;
+mod original;
+
+pub use chunk::*;
+pub use original::*;
+
 use std::fmt;
 
 use zerocopy::byteorder::big_endian::{U16, U32, U64};
@@ -10,8 +16,13 @@ pub const REQUEST_MAGIC: u32 = 0x2560_9513;
 /// `NBD_SIMPLE_REPLY_MAGIC`.
 pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 
+/// `NBD_EXTENDED_REQUEST_MAGIC`.
+pub const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
+
 /// Bytes of a [`RequestHeader`].
 pub const REQUEST_LEN: usize = 28;
+/// Bytes of an [`ExtendedRequest`].
+pub const EXTENDED_REQUEST_LEN: usize = 32;
 /// Bytes of a [`SimpleReply`].
 pub const SIMPLE_REPLY_LEN: usize = 16;
 
@@ -46,6 +57,28 @@ impl fmt::Display for RequestHeader {
         )
     }
 }
+
+/// Request header after EXTENDED_HEADERS. `length` is that of the payload if [`cmd_flag::PAYLOAD_LEN`] is set, else of the
+/// range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct ExtendedRequest {
+    /// [`EXTENDED_REQUEST_MAGIC`].
+    pub magic: U32,
+    /// Bits of [`cmd_flag`].
+    pub flags: U16,
+    /// One of [`cmd`].
+    pub command: U16,
+    /// Chosen by the client, echoed in the reply.
+    pub cookie: U64,
+    /// First byte of the range, echoed in the reply.
+    pub offset: U64,
+    /// Bytes of the payload or of the range.
+    pub length: U64,
+}
+
+const _: () = assert!(size_of::<ExtendedRequest>() == EXTENDED_REQUEST_LEN);
+const _: () = assert!(std::mem::offset_of!(ExtendedRequest, length) == 24);
 
 /// Simple reply; the data follow if it answers a `READ` and `error` is 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned)]
@@ -101,6 +134,8 @@ pub mod cmd_flag {
     pub const REQ_ONE: u16 = 1 << 3;
     /// `WRITE_ZEROES`: fail rather than write zeroes.
     pub const FAST_ZERO: u16 = 1 << 4;
+    /// The length is that of the payload (extended headers only).
+    pub const PAYLOAD_LEN: u16 = 1 << 5;
 }
 
 /// Properties of an export, `NBD_FLAG_*`: what a client may do with it.
@@ -130,6 +165,8 @@ impl TransmissionFlags {
     pub const SEND_CACHE: Self = Self(1 << 10);
     /// [`cmd_flag::FAST_ZERO`] is understood.
     pub const SEND_FAST_ZERO: Self = Self(1 << 11);
+    /// `BLOCK_STATUS` can be asked for some of the contexts (extended headers only).
+    pub const BLOCK_STATUS_PAYLOAD: Self = Self(1 << 12);
 
     /// Whether all bits of `other` are set.
     pub const fn has(self, other: Self) -> bool {
@@ -173,6 +210,12 @@ pub enum ErrorCode {
 }
 
 impl ErrorCode {
+    /// What a reply carries; others that are not 0 are EINVAL, as the specification has it.
+    pub fn of(number: u32) -> Option<Self> {
+        let known = Self::ALL.into_iter().find(|e| *e as u32 == number);
+        if number == 0 { None } else { Some(known.unwrap_or(Self::Einval)) }
+    }
+
     /// All of them.
     pub const ALL: [Self; 8] = [
         Self::Eperm,
@@ -224,6 +267,24 @@ mod tests {
     }
 
     #[test]
+    fn extended_request_golden_bytes() {
+        let header = ExtendedRequest {
+            magic: EXTENDED_REQUEST_MAGIC.into(),
+            flags: cmd_flag::PAYLOAD_LEN.into(),
+            command: cmd::BLOCK_STATUS.into(),
+            cookie: 3.into(),
+            offset: 0x1122_3344_5566_7788.into(),
+            length: (1 << 33).into(),
+        };
+        let bytes = [
+            0x21, 0xe4, 0x1c, 0x71, 0, 0x20, 0, 7, 0, 0, 0, 0, 0, 0, 0, 3, 0x11, 0x22, 0x33, 0x44, 0x55,
+            0x66, 0x77, 0x88, 0, 0, 0, 2, 0, 0, 0, 0,
+        ];
+        assert_eq!(header.as_bytes(), bytes);
+        assert_eq!(ExtendedRequest::read_from_bytes(&bytes).unwrap(), header);
+    }
+
+    #[test]
     fn reply_golden_bytes() {
         let ok = SimpleReply::new(0x0102_0304_0506_0708, Ok(()));
         assert_eq!(ok.as_bytes(), [0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8]);
@@ -235,6 +296,10 @@ mod tests {
     fn error_numbers_are_those_of_the_specification() {
         let numbers: Vec<u32> = ErrorCode::ALL.iter().map(|e| *e as u32).collect();
         assert_eq!(numbers, [1, 5, 12, 22, 28, 75, 95, 108]);
+        assert_eq!(
+            [0, 75, 2].map(ErrorCode::of),
+            [None, Some(ErrorCode::Eoverflow), Some(ErrorCode::Einval)]
+        );
     }
 
     #[test]

@@ -13,6 +13,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 pub const NBDMAGIC: u64 = u64::from_be_bytes(*b"NBDMAGIC");
 /// Second word of a newstyle greeting and first of every option request, "IHAVEOPT".
 pub const IHAVEOPT: u64 = u64::from_be_bytes(*b"IHAVEOPT");
+/// Second word of an oldstyle greeting, `cliserv_magic`.
+pub const OLDSTYLE_MAGIC: u64 = 0x0000_4202_8186_1253;
 /// First word of every reply to an option.
 pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 /// Port assigned by IANA.
@@ -103,6 +105,9 @@ pub mod info {
     pub const BLOCK_SIZE: u16 = 3;
 }
 
+/// Name of the metadata context that tells holes from data ("Metadata contexts" → "base:allocation").
+pub const BASE_ALLOCATION: &str = "base:allocation";
+
 /// First message of a newstyle server, 18 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -113,6 +118,24 @@ pub struct Greeting {
     pub style: U64,
     /// `FLAG_*`.
     pub flags: U16,
+}
+
+/// All that an oldstyle server says before the transmission, 152 bytes; it reads nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct OldGreeting {
+    /// [`NBDMAGIC`].
+    pub magic: U64,
+    /// [`OLDSTYLE_MAGIC`].
+    pub style: U64,
+    /// Of the only export, bytes.
+    pub size: U64,
+    /// Reserved: 0.
+    pub global_flags: U16,
+    /// Transmission flags; 0 from servers that know none.
+    pub flags: U16,
+    /// Reserved.
+    pub zeroes: [u8; EXPORT_NAME_ZEROES],
 }
 
 /// The client's answer to it, 4 bytes.
@@ -186,6 +209,7 @@ pub struct InfoBlockSize {
 }
 
 const _: () = assert!(size_of::<Greeting>() == 18 && offset_of!(Greeting, flags) == 16);
+const _: () = assert!(size_of::<OldGreeting>() == 152 && offset_of!(OldGreeting, flags) == 26);
 const _: () = assert!(size_of::<OptionHeader>() == 16 && offset_of!(OptionHeader, len) == 12);
 const _: () = assert!(size_of::<ReplyHeader>() == 20 && offset_of!(ReplyHeader, kind) == 12);
 const _: () = assert!(size_of::<ExportNameReply>() == 10 && size_of::<InfoExport>() == 12);
@@ -222,6 +246,17 @@ mod tests {
         };
         assert_eq!(greeting.as_bytes(), b"NBDMAGICIHAVEOPT\x00\x03");
         assert_eq!((NBDMAGIC, IHAVEOPT), (0x4e42_444d_4147_4943, 0x4948_4156_454f_5054));
+        let old = OldGreeting {
+            magic: NBDMAGIC.into(),
+            style: OLDSTYLE_MAGIC.into(),
+            size: 0x0102_0304.into(),
+            global_flags: 0.into(),
+            flags: 0x8765.into(),
+            zeroes: [0; EXPORT_NAME_ZEROES],
+        };
+        let golden =
+            b"NBDMAGIC\x00\x00\x42\x02\x81\x86\x12\x53\x00\x00\x00\x00\x01\x02\x03\x04\x00\x00\x87\x65";
+        assert_eq!(old.as_bytes(), [golden.as_slice(), &[0; 124]].concat());
         let option = OptionHeader { magic: IHAVEOPT.into(), option: opt::GO.into(), len: 258.into() };
         assert_eq!(option.as_bytes(), b"IHAVEOPT\x00\x00\x00\x07\x00\x00\x01\x02");
         let reply = ReplyHeader {
