@@ -4,11 +4,13 @@
 use std::cell::RefCell;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
+use std::thread::LocalKey;
 
 use bdev::{Channel, Completions, IoRequest, Rejected, Status};
 use iobuf::{MapError, Pool, Registry};
+use rtrs_poll::client::SessionId;
 
-use super::disk::RnbdDisk;
+use super::disk::RemoteDisk;
 use super::disks::{Device, Disks};
 use super::proxy::RemoteEnd;
 
@@ -17,15 +19,36 @@ const BOUNCE_BUFFERS: u32 = 32;
 /// Bytes of each: a longer part becomes several.
 const BOUNCE_SIZE: usize = 128 << 10;
 
-thread_local! {
+/// Where a thread keeps its lane of one kind.
+pub type LaneKey<S> = LocalKey<RefCell<Weak<Here<S>>>>;
+
+/// What names a way to a server, and with that a kind of lane: RTRS sessions, NBD connections.
+pub trait Link: Copy + Eq + Send + Sync + 'static {
+    /// Any memory can be sent from and read into; otherwise what is not registered goes through bounce buffers.
+    const ANY_MEMORY: bool;
+    /// Servers understand a zeroing that keeps the space allocated.
+    const KEEPS_SPACE: bool;
+
     /// A bdev makes channels on the thread that asks, and has no other way to learn whose lane is there
     /// ([`bdev::Bdev::channel`]). Set and cleared by the lane itself.
-    static HERE: RefCell<Weak<Here>> = const { RefCell::new(Weak::new()) };
+    fn key() -> &'static LaneKey<Self>;
 }
 
-/// What a reactor has of bdev_rnbd.
-pub(super) struct Here {
-    disks: RefCell<Disks>,
+impl Link for SessionId {
+    const ANY_MEMORY: bool = false;
+    const KEEPS_SPACE: bool = false;
+
+    fn key() -> &'static LaneKey<Self> {
+        thread_local! {
+            static HERE: RefCell<Weak<Here>> = const { RefCell::new(Weak::new()) };
+        }
+        &HERE
+    }
+}
+
+/// What a reactor has of bdev_rnbd, or of bdev_nbd.
+pub struct Here<S = SessionId> {
+    disks: RefCell<Disks<S>>,
     registry: Arc<Registry>,
     /// Channels of other threads: their number and that of theirs in `disks`.
     remote: RefCell<Vec<(u64, u32)>>,
@@ -33,17 +56,18 @@ pub(super) struct Here {
     pub index: usize,
 }
 
-impl Here {
+impl<S: Link> Here<S> {
     /// For the thread's lane, which owns it: the last one wins.
     pub fn install(index: usize, registry: Arc<Registry>) -> Rc<Self> {
-        let here = Rc::new(Self { disks: RefCell::default(), registry, remote: RefCell::default(), index });
-        HERE.with(|h| *h.borrow_mut() = Rc::downgrade(&here));
+        let disks = Disks { any_memory: S::ANY_MEMORY, keeps_space: S::KEEPS_SPACE, ..Disks::default() };
+        let here = Rc::new(Self { disks: disks.into(), registry, remote: RefCell::default(), index });
+        S::key().with(|h| *h.borrow_mut() = Rc::downgrade(&here));
         here
     }
 
     /// Of this thread.
     pub fn get() -> Option<Rc<Self>> {
-        HERE.with(|h| h.borrow().upgrade())
+        S::key().with(|h| h.borrow().upgrade())
     }
 
     /// Runs `f` on that of this thread, if there is one.
@@ -54,19 +78,19 @@ impl Here {
     }
 
     /// The reactor's devices and requests. Not to be kept borrowed.
-    pub fn disks(&self) -> std::cell::RefMut<'_, Disks> {
+    pub(super) fn disks(&self) -> std::cell::RefMut<'_, Disks<S>> {
         self.disks.borrow_mut()
     }
 
-    fn open(&self, disk: &RnbdDisk, remote: Option<RemoteEnd>) -> Result<u32, MapError> {
+    fn open(&self, disk: &RemoteDisk<S>, remote: Option<RemoteEnd>) -> Result<u32, MapError> {
         let mut disks = self.disks.borrow_mut();
-        if disks.pool.is_none() {
+        if disks.pool.is_none() && !S::ANY_MEMORY {
             disks.pool = Some(Pool::new(&self.registry, BOUNCE_BUFFERS, BOUNCE_SIZE)?);
         }
         let device = match disks.find(disk.number()) {
             Some(device) => device,
             None => {
-                let (gate, patience) = disk.gate();
+                let (gate, patience) = disk.gate(self.index);
                 let shift = bdev::Bdev::info(disk).block_size.trailing_zeros();
                 disks.devices.insert(Device::new(disk.number(), shift, patience, gate))
             }
@@ -75,7 +99,7 @@ impl Here {
     }
 
     /// A channel of another thread.
-    pub fn open_remote(&self, disk: &RnbdDisk, number: u64, end: RemoteEnd) {
+    pub(super) fn open_remote(&self, disk: &RemoteDisk<S>, number: u64, end: RemoteEnd) {
         // Without memory `end` is dropped, which its user hears.
         match self.open(disk, Some(end)) {
             Ok(channel) => self.remote.borrow_mut().push((number, channel)),
@@ -108,21 +132,21 @@ impl Here {
 }
 
 /// A channel on a reactor that has a lane.
-pub(super) struct LocalChannel {
-    here: Rc<Here>,
+pub(super) struct LocalChannel<S: Link> {
+    here: Rc<Here<S>>,
     channel: u32,
     /// The device outlives its channels.
-    _disk: Arc<RnbdDisk>,
+    _disk: Arc<RemoteDisk<S>>,
 }
 
-impl LocalChannel {
-    pub fn open(disk: Arc<RnbdDisk>, here: Rc<Here>) -> Result<Self, MapError> {
+impl<S: Link> LocalChannel<S> {
+    pub fn open(disk: Arc<RemoteDisk<S>>, here: Rc<Here<S>>) -> Result<Self, MapError> {
         let channel = here.open(&disk, None)?;
         Ok(Self { here, channel, _disk: disk })
     }
 }
 
-impl Channel for LocalChannel {
+impl<S: Link> Channel for LocalChannel<S> {
     fn submit(&mut self, request: IoRequest) -> Result<(), Rejected> {
         self.here.disks.borrow_mut().submit(self.channel, request)
     }
@@ -139,7 +163,7 @@ impl Channel for LocalChannel {
     }
 }
 
-impl Drop for LocalChannel {
+impl<S: Link> Drop for LocalChannel<S> {
     /// What was not sent is dropped. Answers to the rest can only come in on this very thread, so they cannot be
     /// waited for: a read that is in flight may still land in its memory. [`bdev::IoChannel`] is to be dropped when
     /// nothing is in flight; who cannot wait for that ends the session first.
@@ -154,12 +178,12 @@ impl Drop for LocalChannel {
 }
 
 /// A channel could not be made.
-pub(super) fn refused(disk: &RnbdDisk, reason: String) -> bdev::ChannelError {
+pub(super) fn refused<S: Link>(disk: &RemoteDisk<S>, reason: String) -> bdev::ChannelError {
     bdev::ChannelError { bdev: bdev::Bdev::info(disk).name.clone(), reason }
 }
 
 /// As [`Disks::submit`] would have it.
-impl Disks {
+impl<S: Copy + Eq> Disks<S> {
     fn refuse_remote(&mut self, channel: u32, cookie: u64, status: Status) {
         let Some(c) = self.channels.get_mut(channel) else { return };
         c.done.push(bdev::Completion { cookie, status });

@@ -1,13 +1,15 @@
 //! The bdev: what all threads share of a mapped device.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bdev::{Bdev, Channel, ChannelError, DriverValue, Info};
 use reactor::Handle;
+use rtrs_poll::client::SessionId;
 
-use super::channel::{Here, LocalChannel, refused};
+use super::channel::{Here, Link, LocalChannel, refused};
 use super::disks::Gate;
 use super::proxy::ProxyChannel;
 
@@ -15,26 +17,31 @@ use super::proxy::ProxyChannel;
 pub const PRODUCT_NAME: &str = "RNBD disk";
 
 /// A device of an RNBD server as a bdev.
-pub struct RnbdDisk {
+pub type RnbdDisk = RemoteDisk<SessionId>;
+
+/// A device of a server as a bdev. `S` names the ways to its server.
+pub struct RemoteDisk<S> {
     info: Info,
     /// In the whole process; never used again.
     number: u64,
     blocks: AtomicU64,
     /// What reactors that have no channel yet start from.
-    state: Mutex<State>,
-    /// Reactors that serve the session, by their place in the list, with the first of them.
+    state: Mutex<State<S>>,
+    /// Reactors that serve the device, by their place in the list, with the first of them.
     reactors: Vec<usize>,
     home: Handle,
     proxies: AtomicU64,
 }
 
-struct State {
-    gate: Gate,
+struct State<S> {
+    gate: Gate<S>,
+    /// Of reactors where it is another one, by their place in the list.
+    own: BTreeMap<usize, Gate<S>>,
     fast_io_fail: Option<Duration>,
     shown: Vec<(&'static str, DriverValue)>,
 }
 
-impl RnbdDisk {
+impl<S: Link> RemoteDisk<S> {
     pub(super) fn new(
         info: Info,
         number: u64,
@@ -47,14 +54,14 @@ impl RnbdDisk {
             info,
             number,
             blocks: AtomicU64::new(blocks),
-            state: Mutex::new(State { gate, fast_io_fail, shown: Vec::new() }),
+            state: Mutex::new(State { gate, own: BTreeMap::new(), fast_io_fail, shown: Vec::new() }),
             reactors,
             home,
             proxies: AtomicU64::new(0),
         }
     }
 
-    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+    fn state(&self) -> std::sync::MutexGuard<'_, State<S>> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -62,14 +69,23 @@ impl RnbdDisk {
         self.number
     }
 
-    /// What may be sent now, and how long requests wait.
-    pub(super) fn gate(&self) -> (Gate, Option<Duration>) {
+    /// What may be sent now by the reactor of that place in the list, and how long requests wait.
+    pub(super) fn gate(&self, reactor: usize) -> (Gate<S>, Option<Duration>) {
         let state = self.state();
-        (state.gate, state.fast_io_fail)
+        (state.own.get(&reactor).copied().unwrap_or(state.gate), state.fast_io_fail)
     }
 
-    pub(super) fn set_gate(&self, gate: Gate) {
-        self.state().gate = gate;
+    /// For all reactors.
+    pub(super) fn set_gate(&self, gate: Gate<S>) {
+        let mut state = self.state();
+        state.own.clear();
+        state.gate = gate;
+    }
+
+    /// For one reactor.
+    #[expect(dead_code, reason = "of links that are up on some reactors only")]
+    pub(super) fn set_gate_of(&self, reactor: usize, gate: Gate<S>) {
+        self.state().own.insert(reactor, gate);
     }
 
     pub(super) fn set_blocks(&self, blocks: u64) {
@@ -87,7 +103,7 @@ impl RnbdDisk {
     }
 }
 
-impl Bdev for RnbdDisk {
+impl<S: Link> Bdev for RemoteDisk<S> {
     fn info(&self) -> &Info {
         &self.info
     }
@@ -97,7 +113,7 @@ impl Bdev for RnbdDisk {
     }
 
     fn channel(self: Arc<Self>) -> Result<Box<dyn Channel>, ChannelError> {
-        match Here::get().filter(|here| self.reactors.contains(&here.index)) {
+        match Here::<S>::get().filter(|here| self.reactors.contains(&here.index)) {
             Some(here) => match LocalChannel::open(self.clone(), here) {
                 Ok(channel) => Ok(Box::new(channel)),
                 Err(e) => Err(refused(&self, e.to_string())),

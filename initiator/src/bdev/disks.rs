@@ -129,6 +129,10 @@ pub(super) struct Disks<S = SessionId> {
     pub(super) unknown: Vec<(u64, u64)>,
     /// For the pieces of one part.
     pub(super) scratch: Segments,
+    /// Whatever memory a request has can be sent from and read into.
+    pub(super) any_memory: bool,
+    /// Zeroing can keep the space allocated ([`Flags::NO_UNMAP`]).
+    pub(super) keeps_space: bool,
 }
 
 impl<S> Default for Disks<S> {
@@ -144,6 +148,8 @@ impl<S> Default for Disks<S> {
             retry_at: None,
             unknown: Vec::new(),
             scratch: Segments::new(),
+            any_memory: false,
+            keeps_space: false,
         }
     }
 }
@@ -273,7 +279,7 @@ impl<S: Copy + Eq> Disks<S> {
                 d.queue.pop_front();
                 continue;
             }
-            let Some(len) = next_part(r, open) else {
+            let Some(len) = next_part(r, open, self.keeps_space) else {
                 self.end_request_parts(place, Status::Unsupported);
                 continue;
             };
@@ -406,12 +412,12 @@ impl<S: Copy + Eq> Disks<S> {
 }
 
 /// Bytes of the next part of `r`; `None` if the server does not do such a thing.
-fn next_part<S>(r: &Request, open: &Opened<S>) -> Option<u32> {
+fn next_part<S>(r: &Request, open: &Opened<S>, keeps_space: bool) -> Option<u32> {
     if r.op == Op::Flush {
         return Some(0);
     }
     // Servers of RNBD 2.0 do not know such a flag, so zeroes are written instead, which `IoChannel` does.
-    if r.op == Op::WriteZeroes && r.flags.has(Flags::NO_UNMAP) {
+    if r.op == Op::WriteZeroes && r.flags.has(Flags::NO_UNMAP) && !keeps_space {
         return None;
     }
     let limit = open.limits.of(r.op);

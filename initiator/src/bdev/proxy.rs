@@ -4,6 +4,7 @@
 //! Reactors that serve the session use [`super::channel::LocalChannel`]; this is for the control thread, for reactors
 //! without a connection of their own, and for whoever else opens a bdev. It costs an allocation per batch.
 
+use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -14,8 +15,8 @@ use crossbeam::queue::SegQueue;
 use reactor::Handle;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
-use super::channel::Here;
-use super::disk::RnbdDisk;
+use super::channel::{Here, Link};
+use super::disk::RemoteDisk;
 use super::disks::MAX_REQUESTS;
 
 /// What both sides share.
@@ -62,7 +63,7 @@ impl Drop for RemoteEnd {
 }
 
 /// The user's side.
-pub(super) struct ProxyChannel {
+pub(super) struct ProxyChannel<S: Link> {
     home: Handle,
     /// Names the channel to its reactor.
     number: u64,
@@ -70,11 +71,12 @@ pub(super) struct ProxyChannel {
     batch: Vec<IoRequest>,
     /// Taken and not yet completed.
     inflight: usize,
+    link: PhantomData<S>,
 }
 
-impl ProxyChannel {
+impl<S: Link> ProxyChannel<S> {
     /// A channel to `disk` by way of `home`, whose lane opens it.
-    pub fn open(disk: Arc<RnbdDisk>, home: Handle) -> rustix::io::Result<Self> {
+    pub fn open(disk: Arc<RemoteDisk<S>>, home: Handle) -> rustix::io::Result<Self> {
         let shared = Arc::new(Shared {
             done: SegQueue::new(),
             event: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
@@ -83,17 +85,17 @@ impl ProxyChannel {
         });
         let number = disk.next_proxy();
         let end = RemoteEnd(shared.clone());
-        home.send(move |_| Here::with(|here| here.open_remote(&disk, number, end)));
-        Ok(Self { home, number, shared, batch: Vec::new(), inflight: 0 })
+        home.send(move |_| Here::<S>::with(|here| here.open_remote(&disk, number, end)));
+        Ok(Self { home, number, shared, batch: Vec::new(), inflight: 0, link: PhantomData })
     }
 
     fn send(&self, batch: Vec<IoRequest>) {
         let number = self.number;
-        self.home.send(move |_| Here::with(|here| here.submit_remote(number, batch)));
+        self.home.send(move |_| Here::<S>::with(|here| here.submit_remote(number, batch)));
     }
 }
 
-impl Channel for ProxyChannel {
+impl<S: Link> Channel for ProxyChannel<S> {
     fn submit(&mut self, request: IoRequest) -> Result<(), Rejected> {
         if self.shared.gone.load(Ordering::Acquire) {
             return Err(Rejected { request, status: Status::Gone });
@@ -135,13 +137,13 @@ impl Channel for ProxyChannel {
     }
 }
 
-impl Drop for ProxyChannel {
+impl<S: Link> Drop for ProxyChannel<S> {
     /// Waits until the session has let go of the memory of requests: what was not sent is aborted at once, the rest is
     /// answered or lost.
     fn drop(&mut self) {
         let number = self.number;
         self.inflight -= self.batch.len();
-        self.home.send(move |_| Here::with(|here| here.close_remote(number)));
+        self.home.send(move |_| Here::<S>::with(|here| here.close_remote(number)));
         let (shared, inflight) = (&self.shared, self.inflight);
         let over = || {
             shared.gone.load(Ordering::Acquire)

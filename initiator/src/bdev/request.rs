@@ -94,6 +94,9 @@ impl Limits {
 pub(super) struct Message<'a> {
     pub op: Op,
     pub fua: bool,
+    /// Zeroing keeps the space allocated.
+    #[expect(dead_code, reason = "RNBD cannot say it")]
+    pub keep: bool,
     /// 512-byte units.
     pub sector: u64,
     /// Bytes that it is about.

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use bdev::{Op, Segments, Status};
+use bdev::{Flags, Op, Segments, Status};
 use iobuf::Segment;
 
 use super::data;
@@ -85,19 +85,22 @@ impl<S: Copy + Eq> Disks<S> {
 
     /// Sends one part, out of the request's own memory if that can be.
     fn send(&mut self, place: u32, open: &Opened<S>, wire: &mut impl Wire<S>) -> Result<(), Unsent> {
-        let Self { parts, requests, scratch, .. } = self;
+        let Self { parts, requests, scratch, any_memory, .. } = self;
         let part = parts.get_mut(place).ok_or(Unsent::Never)?;
         let r = requests.get(part.request).ok_or(Unsent::Never)?;
-        let (cookie, op, fua) = (u64::from(place), r.op, is_fua(r.op, r.flags));
+        let (cookie, op) = (u64::from(place), r.op);
+        let (fua, keep) = (is_fua(r.op, r.flags), r.flags.has(Flags::NO_UNMAP));
         let sector = (r.offset + part.from) >> SECTOR_SHIFT;
         part.epoch = open.epoch;
         if !op.has_data() {
-            return wire.send(open, &Message { op, fua, sector, len: part.len, data: &[] }, cookie);
+            let message = Message { op, fua, keep, sector, len: part.len, data: &[] };
+            return wire.send(open, &message, cookie);
         }
         if part.bounce.is_none() {
             data::pieces(&r.segments, part.from, part.len, scratch);
-            if can_be_direct(op, scratch) {
-                match wire.send(open, &Message { op, fua, sector, len: part.len, data: scratch }, cookie) {
+            if *any_memory || can_be_direct(op, scratch) {
+                let message = Message { op, fua, keep, sector, len: part.len, data: scratch };
+                match wire.send(open, &message, cookie) {
                     Err(Unsent::Memory) => {}
                     sent => return sent,
                 }
@@ -106,7 +109,7 @@ impl<S: Copy + Eq> Disks<S> {
         }
         let part = self.parts.get(place).ok_or(Unsent::Never)?;
         let segment = bounced(part).ok_or(Unsent::Never)?;
-        wire.send(open, &Message { op, fua, sector, len: part.len, data: &[segment] }, cookie)
+        wire.send(open, &Message { op, fua, keep, sector, len: part.len, data: &[segment] }, cookie)
     }
 
     /// Gives a part a buffer, with its data if it is a write. A part that is longer than a buffer becomes two.

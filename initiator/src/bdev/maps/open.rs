@@ -195,7 +195,7 @@ impl Maps {
     /// A reactor found that the server does not know the device of opening `epoch` (any more).
     pub(super) fn unknown(&mut self, cx: &mut Turn<'_>, number: u64, epoch: u64) {
         let current = self.maps.get(&number).filter(|m| m.state == State::Open);
-        let gate = current.and_then(|m| m.disk.as_ref()).map(|d| d.gate().0);
+        let gate = current.and_then(|m| m.disk.as_ref()).map(|d| d.gate(0).0);
         if matches!(gate, Some(Gate::Open(o)) if o.epoch == epoch) {
             self.closed(cx.now, number, "the server has closed it");
             self.retry(cx, number);
