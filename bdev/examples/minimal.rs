@@ -73,6 +73,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         native_fua: false,
         write_cache: false,
         read_only: true,
+        volatile: false,
         discard_granularity: 0,
         max_unmap_blocks: u64::MAX,
         buffer_align: 1,

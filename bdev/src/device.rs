@@ -69,6 +69,10 @@ pub struct Info {
     pub write_cache: bool,
     /// The backend refuses every modification.
     pub read_only: bool,
+    /// What is written ends with this process: a later one begins with a bdev of this name empty, so users that outlived
+    /// the former process (kernel devices, guests) must not be put on it. Layers have it of their base. False where
+    /// nothing is kept anyway (null) and where the contents are somebody else's, who may live longer.
+    pub volatile: bool,
     /// Smallest unit that discard frees, bytes; 0 = no discard.
     pub discard_granularity: u32,
     /// Most blocks of one discard or write-zeroes; `u64::MAX` = any.

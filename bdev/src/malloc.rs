@@ -53,6 +53,7 @@ pub fn create(manager: &Arc<Manager>, params: Params) -> Result<String, Error> {
         native_fua: true,
         write_cache: false,
         read_only: false,
+        volatile: true,
         discard_granularity: params.block_size.max(iobuf::PAGE_SIZE as u32),
         max_unmap_blocks: MAX_UNMAP_BYTES / u64::from(params.block_size),
         buffer_align: 1,

@@ -51,6 +51,7 @@ pub fn create(manager: &Arc<Manager>, params: Params) -> Result<String, Error> {
         native_fua: true,
         write_cache: false,
         read_only: false,
+        volatile: false,
         discard_granularity: params.block_size,
         max_unmap_blocks: u64::MAX,
         buffer_align: 1,

@@ -96,6 +96,7 @@ fn bench(change: impl Fn(&mut Info)) -> Bench {
         native_fua: false,
         write_cache: true,
         read_only: false,
+        volatile: false,
         discard_granularity: 512,
         max_unmap_blocks: 1000,
         buffer_align: 1,

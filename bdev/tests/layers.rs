@@ -179,6 +179,24 @@ fn pending_requests_resume_or_are_reset() {
 }
 
 #[test]
+fn layers_are_as_volatile_as_their_base() {
+    let manager = Manager::new(iobuf::Registry::new());
+    let params =
+        null::Params { name: None, uuid: None, num_blocks: 8, block_size: 512, physical_block_size: None };
+    let bases =
+        [(common::make_malloc(&manager, 512), true), (null::create(&manager, params).unwrap(), false)];
+    for (base, volatile) in bases {
+        let base_bdev_name = error::create(&manager, &base, None).unwrap();
+        let name = format!("D_{base}");
+        let latencies = delay::Latencies::default();
+        delay::create(&manager, delay::Params { name, base_bdev_name, uuid: None, latencies }).unwrap();
+        for name in [base.clone(), format!("EE_{base}"), format!("D_{base}")] {
+            assert_eq!(manager.get(&name).unwrap().info().volatile, volatile, "{name}");
+        }
+    }
+}
+
+#[test]
 fn removal_of_a_base_takes_its_layers_along() {
     let manager = Manager::new(iobuf::Registry::new());
     let base = common::make_malloc(&manager, 512);

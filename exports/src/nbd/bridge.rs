@@ -71,11 +71,6 @@ pub(super) fn bdev_of<'a>(program: &str, backend: &'a str) -> Option<&'a str> {
     backend.strip_prefix(program)?.strip_prefix(':')
 }
 
-/// The bdev begins empty whenever the program starts, so a device that is used already must not be put on it.
-pub(super) fn loses_contents(info: &Info) -> bool {
-    info.product_name == "Malloc disk"
-}
-
 #[cfg(test)]
 mod tests {
     use bdev::OpSet;
@@ -94,6 +89,7 @@ mod tests {
             native_fua: false,
             write_cache: true,
             read_only: false,
+            volatile: false,
             discard_granularity: 4096,
             max_unmap_blocks: u64::MAX,
             buffer_align: 1,

@@ -78,7 +78,7 @@ fn open(app: &mut App, params: StartDisk, index: Option<u32>) -> Result<(Key, Wi
         bdev_name: info.name.clone(),
         block_size: info.block_size,
         read_only: descriptor.mode() == Mode::ReadOnly,
-        loses_contents: bridge::loses_contents(info),
+        loses_contents: info.volatile,
         index,
         control: params.control,
         run_dir: disks.borrow().run_dir.clone(),

@@ -61,7 +61,7 @@ pub(super) fn stop(app: &mut App, key: Key, how: How, stopped: Stopped) {
         let can_keep = disk.interface == Interface::Netlink
             && disk.params.dead_conn_timeout_sec > 0
             && disk.claim.is_some()
-            && !bridge::loses_contents(disk.descriptor.info());
+            && !disk.descriptor.info().volatile;
         Some(Job { index: disk.index?, interface: disk.interface, how, can_keep })
     });
     let Some(Some(job)) = job else {

@@ -98,6 +98,7 @@ mod tests {
             native_fua: true,
             write_cache: true,
             read_only: false,
+            volatile: false,
             discard_granularity: 4096,
             max_unmap_blocks: 16,
             buffer_align: 1,

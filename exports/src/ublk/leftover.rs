@@ -57,7 +57,7 @@ pub(super) fn judge(wish: Wish, device: &DevInfo, bdev: &Info, alive: impl Fn(i3
             );
             return refuse(text);
         }
-        if loses_contents(bdev) {
+        if bdev.volatile {
             let text = format!(
                 "is left over from a crash, and bdev {name} ({}) lost its contents in it; ublk_stop_disk removes the \
                  device, with errors for its users",
@@ -72,11 +72,6 @@ pub(super) fn judge(wish: Wish, device: &DevInfo, bdev: &Info, alive: impl Fn(i3
         Ok(_) if device.dev_state() == DevState::Live => Verdict::Wait,
         Ok(_) => Verdict::Recover,
     }
-}
-
-/// The bdev begins empty whenever the program starts, so a disk that is used already must not be put on it.
-pub(super) fn loses_contents(bdev: &Info) -> bool {
-    bdev.product_name == "Malloc disk"
 }
 
 /// Whether there is another process of this number. It is never this one: a container gives each life of the program the
@@ -95,11 +90,11 @@ mod tests {
 
     use super::*;
 
-    fn bdev(name: &str, product_name: &'static str) -> Info {
+    fn bdev(name: &str, volatile: bool) -> Info {
         Info {
             name: name.into(),
             aliases: Vec::new(),
-            product_name,
+            product_name: "Test disk",
             uuid: uuid::Uuid::nil(),
             block_size: 512,
             physical_block_size: 512,
@@ -107,6 +102,7 @@ mod tests {
             native_fua: false,
             write_cache: false,
             read_only: false,
+            volatile,
             discard_granularity: 0,
             max_unmap_blocks: 1,
             buffer_align: 1,
@@ -131,7 +127,7 @@ mod tests {
 
     #[test]
     fn our_own_quiesced_device_is_taken_over() {
-        let disk = bdev("A", "URING bdev");
+        let disk = bdev("A", false);
         let ours = device(QUIESCED, bridge::mark("A"));
         assert_eq!(judge(Wish::Start, &ours, &disk, |_| false), Verdict::Recover);
         let dying = device(LIVE, bridge::mark("A"));
@@ -140,19 +136,19 @@ mod tests {
 
     #[test]
     fn a_start_takes_nothing_else() {
-        let disk = bdev("A", "URING bdev");
+        let disk = bdev("A", false);
         let start = |device: DevInfo, disk: &Info| judge(Wish::Start, &device, disk, |pid| pid == 77);
         refused(start(device(LIVE, bridge::mark("A")), &disk), "process 77");
         refused(start(device(QUIESCED, 0), &disk), "another program");
         refused(start(device(QUIESCED, bridge::mark("B")), &disk), "renamed");
-        refused(start(device(QUIESCED, bridge::mark("A")), &bdev("A", "Malloc disk")), "lost its contents");
+        refused(start(device(QUIESCED, bridge::mark("A")), &bdev("A", true)), "lost its contents");
         refused(start(device(0, bridge::mark("A")), &disk), "ublk_stop_disk");
         refused(start(device(9, bridge::mark("A")), &disk), "Unknown(9)");
     }
 
     #[test]
     fn an_operator_may_recover_what_was_another_programs() {
-        let disk = bdev("A", "Malloc disk");
+        let disk = bdev("A", true);
         assert_eq!(judge(Wish::Recover, &device(QUIESCED, 0), &disk, |_| true), Verdict::Recover);
         let fixed = DevInfo { flags: 0, ..device(QUIESCED, 0) };
         refused(judge(Wish::Recover, &fixed, &disk, |_| true), "without user recovery");

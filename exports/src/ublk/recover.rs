@@ -40,7 +40,7 @@ impl Target {
             let text = format!("bdev {} is not what ublk device {id} was: {why}", bdev.name);
             return self.fail(cx, id, Failure::new(Errno::INVAL, text));
         }
-        if leftover::loses_contents(bdev) {
+        if bdev.volatile {
             tracing::warn!(bdev = bdev.name, "recovering /dev/ublkb{id} on a bdev that lost its contents");
         }
         disk.geometry.max_io = disk.geometry.max_io.min(params.basic.max_sectors.saturating_mul(512));

@@ -44,6 +44,7 @@ pub(super) fn info(name: &str, uuid: Uuid, mode: AccessMode, g: &DevGeometry) ->
         native_fua: g.fua && g.write_cache,
         write_cache: g.write_cache,
         read_only: !mode.writes(),
+        volatile: false,
         discard_granularity: if discards { g.discard_granularity.max(block_size) } else { 0 },
         max_unmap_blocks: u64::MAX,
         buffer_align: 1,

@@ -36,6 +36,7 @@ impl Lazy {
             native_fua: true,
             write_cache: false,
             read_only: false,
+            volatile: true,
             discard_granularity: 0,
             max_unmap_blocks: u64::MAX,
             buffer_align: 1,
