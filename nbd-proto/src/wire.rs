@@ -1,9 +1,9 @@
 //! Structures and numbers of the transmission phase, any bytes (NBD `doc/proto.md`, "Transmission phase" and "Values").
 
-mod chunk;
+mod chunks;
 mod original;
 
-pub use chunk::*;
+pub use chunks::*;
 pub use original::*;
 
 use std::fmt;
