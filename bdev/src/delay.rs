@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use crate::clock::now_ns;
 use crate::descriptor::Descriptor;
-use crate::device::{Bdev, Channel, ChannelError, DriverValue, Info};
+use crate::device::{Bdev, Channel, ChannelError, DriverValue, Extent, Info};
 use crate::io::{Completion, Completions, IoRequest, Op, Rejected, Status};
 use crate::iochannel::IoChannel;
 use crate::layer::{self, Table};
@@ -162,6 +162,22 @@ impl Bdev for Delay {
 
     fn blocks(&self) -> u64 {
         self.base.blocks()
+    }
+
+    fn extents(&self, lba: u64, blocks: u64, max: usize) -> Option<Vec<Extent>> {
+        self.base.bdev().extents(lba, blocks, max)
+    }
+
+    fn has_extents(&self) -> bool {
+        self.base.bdev().has_extents()
+    }
+
+    fn prefetch(&self, lba: u64, blocks: u64) {
+        self.base.bdev().prefetch(lba, blocks);
+    }
+
+    fn prefetches(&self) -> bool {
+        self.base.bdev().prefetches()
     }
 
     fn channel(self: Arc<Self>) -> Result<Box<dyn Channel>, ChannelError> {

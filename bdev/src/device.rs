@@ -116,6 +116,15 @@ impl Info {
     }
 }
 
+/// A run of blocks of one kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// At least 1.
+    pub blocks: u64,
+    /// They take no space, and read as zeroes.
+    pub hole: bool,
+}
+
 /// A block device of any kind. Shared by all threads; everything here is control path.
 ///
 /// `Any`, so that a control method of one backend (resize of a null bdev) can ask for its own type by name.
@@ -131,6 +140,26 @@ pub trait Bdev: Any + Send + Sync {
     /// # Errors
     /// The system's refusal (file table, locked memory), in words.
     fn channel(self: Arc<Self>) -> Result<Box<dyn Channel>, ChannelError>;
+
+    /// What of `blocks` blocks from `lba` on, a range inside the bdev, is allocated: at least one extent, at most `max`, in
+    /// order and without gaps, less than the range if there are more. `None` where that is not known, which is as good as
+    /// all data. Control path: may wait for the device's own metadata.
+    fn extents(&self, _lba: u64, _blocks: u64, _max: usize) -> Option<Vec<Extent>> {
+        None
+    }
+
+    /// Whether [`Bdev::extents`] is worth asking.
+    fn has_extents(&self) -> bool {
+        false
+    }
+
+    /// The range will be read soon. Control path, a hint.
+    fn prefetch(&self, _lba: u64, _blocks: u64) {}
+
+    /// Whether [`Bdev::prefetch`] does anything.
+    fn prefetches(&self) -> bool {
+        false
+    }
 
     /// Name and values of `driver_specific` in `bdev_get_bdevs`.
     fn driver_specific(&self) -> Vec<(&'static str, DriverValue)> {

@@ -6,6 +6,7 @@
 //! | FUA write, backend without FUA but with a write cache | write, flush |
 //! | discard, write-zeroes longer than `max_unmap_blocks` | pieces, one after the other |
 //! | write-zeroes that the backend lacks, or finds out to lack | writes of shared zeroes, 1 MiB at most, one after the other |
+//! | the same with FAST | none: unsupported |
 //! | write-zeroes with FUA | as above, then flush |
 //! | reset | the backend's abort where it has one; done when all earlier requests are |
 //!
@@ -70,6 +71,10 @@ impl IoChannel {
                 return Ok(());
             }
             Op::Write => Step::WriteThenFlush,
+            Op::WriteZeroes if request.flags.has(Flags::FAST) && !self.limits.native.has(op) => {
+                self.release(slot);
+                return self.refuse(request, Status::Unsupported);
+            }
             _ if self.limits.native.has(op) => Step::Pieces,
             _ => Step::Zeroing,
         };
@@ -132,7 +137,9 @@ impl IoChannel {
         match s.step {
             Step::Reset => return self.backend_reset_done(slot),
             // Found out at run time, e.g. by a file system: write the zeroes instead.
-            Step::Pieces if status == Status::Unsupported && s.op == Op::WriteZeroes => {
+            Step::Pieces
+                if status == Status::Unsupported && s.op == Op::WriteZeroes && !s.flags.has(Flags::FAST) =>
+            {
                 s.step = Step::Zeroing;
             }
             _ if status != Status::Ok => return self.ended.push((slot, status)),

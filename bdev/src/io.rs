@@ -64,6 +64,8 @@ impl Flags {
     pub const FUA: Self = Self(1);
     /// `WriteZeroes`: do not punch holes (`BLKDEV_ZERO_NOUNMAP`, `NBD_CMD_FLAG_NO_HOLE`).
     pub const NO_UNMAP: Self = Self(2);
+    /// `WriteZeroes`: end `Unsupported` rather than write zeroes (`BLKDEV_ZERO_NOFALLBACK`, `NBD_CMD_FLAG_FAST_ZERO`).
+    pub const FAST: Self = Self(4);
 
     /// Whether all bits of `other` are set.
     pub fn has(self, other: Self) -> bool {

@@ -342,7 +342,7 @@ impl IoChannel {
 fn flags_fit(op: Op, flags: Flags) -> bool {
     let allowed = match op {
         Op::Write => Flags::FUA,
-        Op::WriteZeroes => Flags::FUA | Flags::NO_UNMAP,
+        Op::WriteZeroes => Flags::FUA | Flags::NO_UNMAP | Flags::FAST,
         _ => Flags::NONE,
     };
     flags.0 & !allowed.0 == 0

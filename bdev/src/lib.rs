@@ -23,7 +23,7 @@ mod stats;
 pub mod uring;
 
 pub use descriptor::{Claim, Descriptor, Event, Mode};
-pub use device::{Bdev, Channel, ChannelError, DriverValue, Info, OpSet};
+pub use device::{Bdev, Channel, ChannelError, DriverValue, Extent, Info, OpSet};
 pub use histogram::{HistogramConfig, LatencyHistogram};
 pub use io::{Completion, Completions, Flags, IoRequest, Op, Rejected, Segments, Status};
 pub use iochannel::IoChannel;

@@ -125,6 +125,19 @@ const WRITE: Seen = (Op::Write, 8, 1, 0);
 const FLUSH: Seen = (Op::Flush, 0, 0, 0);
 
 #[test]
+fn fast_zeroes_are_never_written() {
+    let fast = || request(Op::WriteZeroes, 8, 4).flags(Flags::FAST);
+    let mut lacking = bench(|_| ());
+    assert_eq!(lacking.run(fast()), (Status::Unsupported, vec![]));
+    let mut native = bench(|i| i.native = i.native.with(Op::WriteZeroes));
+    let seen = (Op::WriteZeroes, 8, 4, Flags::FAST.0);
+    assert_eq!(native.run(fast()), (Status::Ok, vec![seen]));
+    native.answer(&[Ok(Status::Unsupported)]);
+    assert_eq!(native.run(fast()), (Status::Unsupported, vec![seen]), "found out at run time");
+    assert_eq!(native.run(request(Op::Discard, 8, 4).flags(Flags::FAST)).0, Status::Invalid);
+}
+
+#[test]
 fn fua_is_write_and_flush() {
     let mut b = bench(|_| ());
     let fua = |b: &Bench| request(Op::Write, 8, 1).with(&b.memory).flags(Flags::FUA);

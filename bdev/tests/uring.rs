@@ -174,6 +174,38 @@ fn discard_frees_space_and_no_unmap_keeps_it() {
 }
 
 #[test]
+fn holes_of_files_are_known() {
+    let m = manager();
+    let file = TempFile::new(1 << 20);
+    let write = |at: u64, len: usize| {
+        std::fs::File::options()
+            .write(true)
+            .open(&file.path)
+            .unwrap()
+            .write_all_at(&vec![1; len], at)
+            .unwrap();
+    };
+    write(64 << 10, 64 << 10);
+    uring::create(&m, params("a", &file.path)).unwrap();
+    let bdev = m.get("a").unwrap();
+    assert!(bdev.has_extents());
+    let extents = |lba, blocks, max| -> Vec<(u64, bool)> {
+        bdev.extents(lba, blocks, max).unwrap().iter().map(|e| (e.blocks, e.hole)).collect()
+    };
+    assert_eq!(extents(0, 256, 9), [(16, true), (16, false), (224, true)]);
+    assert_eq!(extents(0, 256, 2), [(16, true), (16, false)]);
+    assert_eq!(extents(20, 4, 9), [(4, false)]);
+    assert_eq!(extents(31, 2, 9), [(1, false), (1, true)]);
+    // A layer has the holes of its base.
+    let latencies = bdev::delay::Latencies { avg_read: 0, p99_read: 0, avg_write: 0, p99_write: 0 };
+    let layer = bdev::delay::Params { name: "d".into(), base_bdev_name: "a".into(), uuid: None, latencies };
+    bdev::delay::create(&m, layer).unwrap();
+    let layer = m.get("d").unwrap();
+    assert!(layer.has_extents());
+    assert_eq!(layer.extents(0, 256, 1), bdev.extents(0, 256, 1));
+}
+
+#[test]
 fn a_shrunken_file_fails_and_a_grown_one_is_found() {
     let m = manager();
     let file = TempFile::new(1 << 20);

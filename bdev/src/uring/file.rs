@@ -33,6 +33,8 @@ pub(super) struct Backing {
 /// Abilities that a file system may turn out to lack.
 #[derive(Debug)]
 pub(super) struct Able {
+    /// Zeroing a range may be writing zeroes: the kernel's fallback on block devices.
+    pub(super) zero_range_writes: bool,
     pub(super) punch: AtomicBool,
     pub(super) zero_range: AtomicBool,
     /// `BLOCK_URING_CMD_DISCARD` (Linux 6.12).
@@ -90,6 +92,7 @@ impl Backing {
         }
         let align = align.filter(|_| direct).unwrap_or(Align { memory: 1, offset: 1 });
         let able = Able {
+            zero_range_writes: is_device,
             punch: AtomicBool::new(!read_only && (is_device || punches(&fd))),
             zero_range: AtomicBool::new(!read_only),
             command_discard: AtomicBool::new(is_device),
@@ -111,6 +114,34 @@ impl Backing {
     /// Size now, bytes. Works on files and block devices alike, where `fstat` says 0 for the latter.
     pub(super) fn size(&self) -> Result<u64, Error> {
         rustix::fs::seek(&self.fd, SeekFrom::End(0)).map_err(|e| system("find the size of", &self.path, e))
+    }
+
+    /// What of `len` bytes from `offset` on is allocated: data (true) and holes, alternating, in order and without gaps,
+    /// at most `max` of them. `None` where the file system cannot tell, and on devices. May wait for the disk.
+    pub(super) fn allocation(&self, offset: u64, len: u64, max: usize) -> Option<Vec<(bool, u64)>> {
+        let end = offset + len;
+        let (mut runs, mut at) = (Vec::new(), offset);
+        while at < end && runs.len() < max {
+            let data = match rustix::fs::seek(&self.fd, SeekFrom::Data(at)) {
+                Ok(data) => data.min(end),
+                // No data from here to the end.
+                Err(Errno::NXIO) => end,
+                Err(_) => return None,
+            };
+            if data > at {
+                runs.push((false, data - at));
+                at = data;
+                continue;
+            }
+            let hole = rustix::fs::seek(&self.fd, SeekFrom::Hole(at)).ok()?.min(end);
+            // Somebody punched the data away between the two calls: what was found so far is still an answer.
+            if hole <= at {
+                break;
+            }
+            runs.push((true, hole - at));
+            at = hole;
+        }
+        (!runs.is_empty()).then_some(runs)
     }
 
     /// Whether discard is worth offering: files that punch, devices whose queue discards.

@@ -26,7 +26,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use iobuf::Registry;
 use uuid::Uuid;
 
-use crate::device::{Bdev, Channel, ChannelError, DriverValue, Info, OpSet};
+use crate::device::{Bdev, Channel, ChannelError, DriverValue, Extent, Info, OpSet};
 use crate::io::Op;
 use crate::manager::{Error, Manager};
 use file::{Backing, Wish};
@@ -211,6 +211,25 @@ fn info(params: &Params, backing: &Backing, block_size: u32) -> Info {
     }
 }
 
+/// Runs of bytes, data (true) and holes, as extents of blocks of 2^`shift` bytes: a block with any data is data.
+fn whole_extents(runs: &[(bool, u64)], shift: u32) -> Vec<Extent> {
+    let mut extents: Vec<Extent> = Vec::with_capacity(runs.len());
+    let (mut at, mut told) = (0u64, 0u64);
+    for (data, len) in runs {
+        at += len;
+        // Data take the block that they end in, holes leave it to the data behind them.
+        let end = if *data { at.div_ceil(1 << shift) } else { at >> shift };
+        let blocks = end.saturating_sub(told);
+        told = told.max(end);
+        match extents.last_mut() {
+            _ if blocks == 0 => {}
+            Some(last) if last.hole != *data => last.blocks += blocks,
+            _ => extents.push(Extent { blocks, hole: !*data }),
+        }
+    }
+    extents
+}
+
 impl Uring {
     /// As created.
     pub fn params(&self) -> &Params {
@@ -232,6 +251,39 @@ impl Bdev for Uring {
         self.blocks.load(Ordering::Relaxed)
     }
 
+    fn extents(&self, lba: u64, blocks: u64, max: usize) -> Option<Vec<Extent>> {
+        if !self.has_extents() {
+            return None;
+        }
+        let shift = self.info.block_size.trailing_zeros();
+        // One run more, for a hole that is smaller than a block and gives no extent.
+        let runs = self.backing.allocation(lba << shift, blocks << shift, max + 1)?;
+        let mut extents = whole_extents(&runs, shift);
+        extents.truncate(max);
+        Some(extents)
+    }
+
+    /// A device has no holes that one could ask for.
+    fn has_extents(&self) -> bool {
+        !self.backing.is_device
+    }
+
+    fn prefetch(&self, lba: u64, blocks: u64) {
+        let shift = self.info.block_size.trailing_zeros();
+        // A hint: what the system makes of it is its own business.
+        let _ = rustix::fs::fadvise(
+            &self.backing.fd,
+            lba << shift,
+            std::num::NonZeroU64::new(blocks << shift),
+            rustix::fs::Advice::WillNeed,
+        );
+    }
+
+    /// Direct I/O leaves nothing in the page cache, nor takes it from there.
+    fn prefetches(&self) -> bool {
+        !self.backing.direct
+    }
+
     fn channel(self: Arc<Self>) -> Result<Box<dyn Channel>, ChannelError> {
         channel::UringChannel::new(
             self.backing.clone(),
@@ -251,5 +303,24 @@ impl Bdev for Uring {
             ("fallocate", DriverValue::Bool(self.params.fallocate)),
             ("direct", DriverValue::Bool(self.backing.direct)),
         ]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_with_data_are_data() {
+        let extents = |runs: &[(bool, u64)]| -> Vec<(u64, bool)> {
+            whole_extents(runs, 12).iter().map(|e| (e.blocks, e.hole)).collect()
+        };
+        assert_eq!(extents(&[(true, 4096), (false, 8192)]), [(1, false), (2, true)]);
+        // A hole smaller than a block is none, and one that ends inside a block loses that.
+        assert_eq!(extents(&[(false, 100), (true, 3996), (false, 4096)]), [(1, false), (1, true)]);
+        assert_eq!(extents(&[(false, 5000), (true, 100), (false, 7188)]), [(1, true), (1, false), (1, true)]);
+        assert_eq!(extents(&[(true, 100), (false, 200), (true, 3796)]), [(1, false)]);
+        // Cut off inside a block: what is not known of it is not told.
+        assert_eq!(extents(&[(false, 5000)]), [(1, true)]);
     }
 }

@@ -256,6 +256,8 @@ impl Slot {
 pub(super) fn way(op: Op, flags: Flags, able: &Able) -> Option<Way> {
     let punch = has(&able.punch).then_some(Way::Punch);
     let zero = has(&able.zero_range).then_some(Way::ZeroRange);
+    let fast = flags.has(Flags::FAST) && able.zero_range_writes;
+    let zero = zero.filter(|_| !fast);
     match op {
         Op::Discard => has(&able.command_discard).then_some(Way::Command).or(punch),
         _ if flags.has(Flags::NO_UNMAP) => zero,
