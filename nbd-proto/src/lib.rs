@@ -22,6 +22,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod client;
 pub mod haggle;
 pub mod request;
 pub mod transmission;
