@@ -8,10 +8,12 @@
 //!
 //! * [`Connection`]: the server's end of one socket in the transmission phase; one reactor owns it.
 //! * [`Buffers`]: data memory of the connections of one reactor.
+//! * [`client`]: the other end: connections to servers, over TCP and unix sockets, with TLS.
 //! * [`listener`]: TCP and unix sockets of a server, up to the choice of an export. Control path.
 //! * [`kernel`]: makes /dev/nbdN out of the other end of such sockets, and follows what becomes of it. Control path.
 
 mod buffers;
+pub mod client;
 mod connection;
 pub mod kernel;
 pub mod listener;
@@ -19,7 +21,6 @@ mod outbox;
 mod slots;
 mod staging;
 mod stream;
-#[allow(dead_code, reason = "its users come next")]
 pub mod tls;
 
 pub use buffers::{Buffers, LARGE_BUFFER, SMALL_BUFFER};

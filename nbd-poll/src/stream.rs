@@ -71,6 +71,27 @@ impl Stream {
         }
     }
 
+    /// Whether it may be written to now: a connection that is being made is not (connect(2)).
+    pub(crate) fn is_writable(&self) -> io::Result<bool> {
+        let mut poll = libc::pollfd { fd: self.socket.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+        // SAFETY: one entry, exclusively borrowed; a timeout of 0 does not wait.
+        match retry(|| unsafe { libc::poll(&mut poll, 1, 0) } as libc::ssize_t)? {
+            0 => Ok(false),
+            _ => Ok(true),
+        }
+    }
+
+    /// The error that the socket has met, such as that of a connection that could not be made; takes it away.
+    pub(crate) fn take_error(&self) -> io::Result<()> {
+        Ok(sockopt::socket_error(&self.socket)??)
+    }
+
+    /// Nothing more is sent; the peer hears that once it has read everything.
+    pub(crate) fn shut_down_write(&self) {
+        // Fails only if the connection is gone already.
+        let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Write);
+    }
+
     /// Waits for nothing any more: a socket whose peer is gone would fire for ever.
     pub(crate) fn forget(&mut self) {
         let _ = epoll::delete(&self.epoll, &self.socket);

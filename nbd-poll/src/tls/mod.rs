@@ -4,6 +4,7 @@
 //! [`files`].
 
 pub mod files;
+pub(crate) mod pipe;
 
 use std::io::{self, BufRead, Read, Write};
 
@@ -52,6 +53,7 @@ impl TlsStream {
     }
 
     /// Certificates that the peer has shown, its own first.
+    #[allow(dead_code, reason = "for servers that choose whom to serve")]
     pub(crate) fn peer_certificates(&self) -> &[rustls::pki_types::CertificateDer<'static>] {
         self.tls.peer_certificates().unwrap_or_default()
     }

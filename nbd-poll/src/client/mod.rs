@@ -1,0 +1,16 @@
+//! NBD clients: connections to servers over TCP and unix sockets, in the clear or by TLS.
+//!
+//! ```text
+//!   Dial  connect ─▶ haggle (nbd_proto::client) ─▶ [TLS] ─▶ Dialled     control path, polled, never blocks
+//!                                                              │
+//!   Connection::submit ─▶ queue ── one sendmsg ─▶ socket       ▼ goes to a reactor
+//!        ▲                                          │ readv: data straight into the request's own memory
+//!        └── done ◀── Connection::receive ◀── replies (nbd_proto::client::Replies)
+//! ```
+
+mod ahead;
+mod connection;
+mod dial;
+
+pub use connection::{Connection, Done, End, Remains};
+pub use dial::{Address, Dial, DialError, DialOptions, Dialled, Original, Secure};
