@@ -23,6 +23,10 @@ use super::upper::Upper;
 const SPARE_RECEIVES: u32 = 16;
 /// Send-queue entries beyond twice the requests: unsignaled ones not yet known to be done, and heartbeats.
 const SPARE_SENDS: u32 = 128;
+/// How often both ends send a packet again, which is the requester's to say. One less than the kernel's client, and than the
+/// field holds: Linux' rxe takes 7 as "for ever" (`rxe_comp.c`: `COMPST_ERROR_RETRY`), and a dead path would be known by its
+/// missing heartbeats only, after 30 s.
+const RETRY_COUNT: u8 = 6;
 
 impl<U: Upper> Client<U> {
     /// Begins attempts of paths that wait. As long as the server may not know the session, one path at a time is
@@ -109,6 +113,7 @@ impl<U: Upper> Client<U> {
         con.resolved = true;
         let device = cm.device(con.id).ok_or("the connection has no device")?;
         path.hca_name = Some(device.info().name.clone());
+        path.hca_port = cm.port(con.id);
         // Keys of one path are those of one device.
         if !Arc::ptr_eq(attempt.device.get_or_insert_with(|| device.clone()), &device) {
             return Err(format!("it would go by another device, {}", device.info().name));
@@ -138,7 +143,7 @@ impl<U: Upper> Client<U> {
             session_uuid,
             first_conn: attempt.first,
         };
-        let params = ConnParams { retry: 7, rnr_retry: 7, read_depth: 0 };
+        let params = ConnParams { retry: RETRY_COUNT, rnr_retry: 7, read_depth: 0 };
         cm.connect(con.id, params, request.to_wire().as_bytes()).map_err(|e| e.to_string())
     }
 
