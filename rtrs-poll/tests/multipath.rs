@@ -238,6 +238,20 @@ fn each_policy_chooses_its_path() {
     s.server.release();
 }
 
+/// One request each would otherwise all go by the first path.
+#[test]
+fn reactors_with_little_to_do_take_different_paths() {
+    let s = Scene::new(false, 2);
+    let c = s.connect(two_reactors(2));
+    for (cookie, &(reactor, key)) in (0..).zip(&c.keys) {
+        let request = c.memory.read(0, 512, &usr(b'H', 0, 0), cookie);
+        s.client.on_lane(reactor, move |_, io| request.submit(io, key).expect("room"));
+    }
+    wait_for("the server to hold both", || s.server.held() == 2);
+    assert_eq!(s.inflight(&c), [1, 1], "min-inflight");
+    s.all_succeed(2);
+}
+
 #[test]
 fn min_latency_goes_by_the_last_heartbeat() {
     let s = Scene::new(false, 1);
@@ -310,6 +324,24 @@ fn a_disconnected_path_is_left_alone() {
     wait_for("it to reconnect", || s.client.path_info(c.id, paths[1]).stats.reconnects_ok == 1);
     s.session_stayed_up();
     client_refuses_what_is_gone(&s, &c, first);
+}
+
+#[test]
+fn a_path_that_is_to_go_is_emptied_first() {
+    let s = Scene::new(false, 1);
+    let c = s.connect(session_options(2));
+    let first = s.path_ids(&c)[0];
+    s.hold(&c, 4, Via::Io);
+    assert_eq!(s.inflight(&c), [2, 2]);
+    s.client.with(move |cl, cx| cl.disconnect_path(cx, c.id, first)).expect("there");
+    s.hold(&c, 3, Via::Io);
+    assert_eq!(s.inflight(&c), [2, 5], "it gets nothing new");
+    s.server.release();
+    (0..7).for_each(|_| assert_eq!(s.client.completion().1, Ok(())));
+    let (down, why, _) = s.client.path_down();
+    assert!(down == first && matches!(why, PathError::Disconnected), "{why}");
+    assert_eq!(s.failovers(&c), 0);
+    s.session_stayed_up();
 }
 
 /// Ids are never used again.

@@ -526,6 +526,13 @@ pub trait Cm: Send {
     /// The device a connection is on (after `ConnectRequest` or `Resolved`).
     fn device(&self, id: CmId) -> Option<Arc<dyn Device>>;
 
+    /// The port of that device, counted from 1 (after `ConnectRequest` or `Resolved`). Devices without hardware have
+    /// one.
+    fn port(&self, id: CmId) -> u8 {
+        let _ = id;
+        1
+    }
+
     /// Every device used so far.
     fn devices(&self) -> Vec<Arc<dyn Device>>;
 

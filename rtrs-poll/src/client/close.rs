@@ -3,16 +3,24 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rtrs_proto::Errno;
 use verbs::CmId;
 
 use super::control::{Client, ConnRef, LEAVE_TIMEOUT};
-use super::entry::{After, Attempt, PathEntry, PathPhase, SessionEntry, SessionPhase};
+use super::entry::{After, Attempt, PathEntry, PathPhase, Retire, SessionEntry, SessionPhase};
 use super::error::{PathError, SessionEnd};
 use super::event::Event;
 use super::lane::{ConSizes, Lane, LinkStart, SessionSetup};
 use super::path::PathId;
 use super::session::{Limits, Session, SessionId};
 use super::upper::Upper;
+
+/// How long requests of a path that is to be disconnected may take to be answered.
+const RETIRE_TIME: Duration = Duration::from_secs(2);
+/// How often it is looked at meanwhile.
+const RETIRE_LOOK: Duration = Duration::from_millis(5);
+/// Pause before a server that has not closed the former connections of a path is asked again.
+const INSIST_DELAY: Duration = Duration::from_millis(50);
 
 impl<U: Upper> Client<U> {
     /// A path is connected: it joins its session, or waits until that is down.
@@ -65,6 +73,8 @@ impl<U: Upper> Client<U> {
             path.shared.reconnected(true);
         }
         (path.phase, path.ever_up, path.tried, path.retries) = (PathPhase::Up, true, true, 0);
+        (path.retire, path.insist_until) = (None, None);
+        path.shared.set_retiring(false);
         path.provider_errors.clear();
         for (index, reactor) in shared.reactors.iter().enumerate() {
             let (first, count) = shared.ids(index);
@@ -102,6 +112,7 @@ impl<U: Upper> Client<U> {
             tracing::info!(session = name, path = %path.spec, why = %error, "closing path");
         }
         path.phase = PathPhase::Closing;
+        path.retire = None;
         attempt.deadline = None;
         attempt.error = Some(error);
         for con in attempt.cons.iter_mut() {
@@ -118,6 +129,31 @@ impl<U: Upper> Client<U> {
         }
         self.drain_if_last(now, session_id);
         self.finish_path(now, id);
+    }
+
+    /// Disconnects a path that is up, on request: it gets no new requests, and once the server has answered those it
+    /// has, or after [`RETIRE_TIME`], it goes. So nothing has to be repeated that the server may be executing.
+    pub(super) fn retire(&mut self, now: Instant, id: PathId, why: PathError) {
+        let Some(path) = self.path(id) else { return };
+        if path.phase != PathPhase::Up {
+            return self.close_path(now, id, why);
+        }
+        path.shared.set_retiring(true);
+        let until = path.retire.as_ref().map_or(now + RETIRE_TIME, |r| r.until);
+        path.retire = Some(Retire { look: now + RETIRE_LOOK, until, why });
+    }
+
+    /// Looks whether a path that is to go has finished.
+    pub(super) fn look_at_retiring(&mut self, now: Instant, id: PathId) {
+        let Some(path) = self.path(id) else { return };
+        let idle = path.shared.stats().inflight == 0;
+        let Some(retire) = path.retire.as_mut().filter(|r| r.look <= now || r.until <= now) else { return };
+        if !idle && now < retire.until {
+            retire.look = now + RETIRE_LOOK;
+            return;
+        }
+        let why = retire.why.clone();
+        self.close_path(now, id, why);
     }
 
     /// A session that has lost its last path lets go of its requests. Their queue pairs are destroyed first: lanes do
@@ -239,6 +275,10 @@ impl<U: Upper> Client<U> {
             path.phase = PathPhase::Waiting;
             return self.start_waiting(now, session_id);
         }
+        if path.after == After::Retry && path.insists(now, &why) {
+            path.phase = PathPhase::Resting(now + INSIST_DELAY);
+            return self.start_waiting(now, session_id);
+        }
         if !path.provider_errors.is_empty() {
             path.provider_errors.push(why.to_string());
             why = PathError::Verbs(std::mem::take(&mut path.provider_errors).join("; "));
@@ -282,6 +322,12 @@ impl<U: Upper> Client<U> {
 }
 
 impl PathEntry {
+    /// The server only needs a moment more, and somebody waits for this path.
+    fn insists(&self, now: Instant, why: &PathError) -> bool {
+        let not_yet = matches!(why, PathError::Refused { errno: Errno::ECONNRESET, .. });
+        not_yet && self.insist_until.is_some_and(|until| now + INSIST_DELAY < until)
+    }
+
     /// Decides on the next attempt after one that ended, and returns how far away it is.
     fn next(
         &mut self,

@@ -323,14 +323,16 @@ impl<U: Upper> Client<U> {
             let last = session.last_failure.clone().unwrap_or_else(|| "none".into());
             return self.end_session(now, id, SessionEnd::LossTimeout { after, last });
         }
-        let mut late = Vec::new();
+        let (mut late, mut retiring) = (Vec::new(), Vec::new());
         for path in &mut session.paths {
             match path.phase {
+                PathPhase::Up => retiring.extend(path.retire.as_ref().map(|_| path.id)),
                 PathPhase::Resting(until) if until <= now => path.phase = PathPhase::Waiting,
                 _ => late.extend(path.timeout(now, session.options.connect_timeout).map(|e| (path.id, e))),
             }
         }
         late.into_iter().for_each(|(path, error)| self.close_path(now, path, error));
+        retiring.into_iter().for_each(|path| self.look_at_retiring(now, path));
         self.start_waiting(now, id);
     }
 }

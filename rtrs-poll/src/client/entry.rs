@@ -112,10 +112,26 @@ pub(super) struct PathEntry {
     /// What earlier ones said in this attempt.
     pub provider_errors: Vec<String>,
     pub hca_name: Option<String>,
+    pub hca_port: u8,
     pub rotating_keys: bool,
     pub last_error: Option<String>,
+    /// It is to be disconnected on request, once its requests are answered.
+    pub retire: Option<Retire>,
+    /// Somebody asked for it to be connected: until then a server that has not finished with its former connections is
+    /// asked again.
+    pub insist_until: Option<Instant>,
     /// What is there of its connections.
     pub attempt: Option<Attempt>,
+}
+
+/// The last moments of a path that is to go.
+#[derive(Clone, Debug)]
+pub(super) struct Retire {
+    /// When to look again whether it has requests in flight.
+    pub look: Instant,
+    /// When it goes, whatever it has.
+    pub until: Instant,
+    pub why: PathError,
 }
 
 /// One attempt to connect a path, and what came of it.
@@ -224,6 +240,9 @@ impl PathEntry {
             provider: 0,
             provider_errors: Vec::new(),
             hca_name: None,
+            hca_port: 1,
+            retire: None,
+            insist_until: None,
             rotating_keys: false,
             last_error: None,
             attempt: None,
@@ -238,6 +257,7 @@ impl PathEntry {
     fn deadline(&self) -> Option<Instant> {
         match self.phase {
             PathPhase::Resting(until) => Some(until),
+            PathPhase::Up => self.retire.as_ref().map(|r| r.look.min(r.until)),
             _ => self.attempt.as_ref()?.deadline,
         }
     }
@@ -259,7 +279,7 @@ impl PathEntry {
             src: self.spec.src,
             dst: self.spec.dst,
             hca_name: self.hca_name.clone(),
-            hca_port: 1,
+            hca_port: self.hca_port,
             latency_ns: self.shared.latency_ns(),
             rotating_keys: self.rotating_keys,
             stats: self.shared.stats(),

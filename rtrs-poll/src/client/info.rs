@@ -47,7 +47,7 @@ pub struct PathInfo {
     pub dst: SocketAddr,
     /// Name of the RDMA device (`hca_name`), once an address was resolved.
     pub hca_name: Option<String>,
-    /// Its port (`hca_port`). The provider interface does not tell, and devices behind addresses have one: always 1.
+    /// Its port (`hca_port`), counted from 1.
     pub hca_port: u8,
     /// Round trip of the last heartbeat in nanoseconds (`cur_latency`), 0 before the first.
     pub latency_ns: u64,

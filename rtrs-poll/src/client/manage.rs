@@ -124,7 +124,8 @@ impl<U: Upper> Client<U> {
         Ok(id)
     }
 
-    /// Disconnects and forgets a path: [`Event::PathRemoved`] follows. Its requests fail over.
+    /// Disconnects and forgets a path: [`Event::PathRemoved`] follows. It gets no new requests, and goes when those it
+    /// has are answered; what is not within 2 s fails over.
     ///
     /// # Errors
     /// No such path.
@@ -137,7 +138,7 @@ impl<U: Upper> Client<U> {
         let entry = self.living_path(session, path)?;
         entry.after = After::Remove;
         if entry.is_active() {
-            self.close_path(cx.now, path, PathError::Disconnected);
+            self.retire(cx.now, path, PathError::Disconnected);
         } else {
             self.forget_path(session, path);
             self.start_waiting(cx.now, session);
@@ -145,7 +146,8 @@ impl<U: Upper> Client<U> {
         Ok(())
     }
 
-    /// Disconnects a path and leaves it alone. [`Event::PathDown`] follows if it was not closed already.
+    /// Disconnects a path, as [`Client::remove_path`] does, and leaves it alone. [`Event::PathDown`] follows if it was not
+    /// closed already.
     ///
     /// # Errors
     /// No such path.
@@ -158,7 +160,7 @@ impl<U: Upper> Client<U> {
         let entry = self.living_path(session, path)?;
         entry.after = After::Close;
         if entry.is_active() {
-            self.close_path(cx.now, path, PathError::Disconnected);
+            self.retire(cx.now, path, PathError::Disconnected);
         } else if entry.phase != PathPhase::Closed {
             entry.phase = PathPhase::Closed;
             let why = PathError::Disconnected;
@@ -169,7 +171,8 @@ impl<U: Upper> Client<U> {
     }
 
     /// Connects a path now, whatever its delay and its count of failures; one that is connected is disconnected
-    /// first. [`Event::PathUp`] or [`Event::PathDown`] follows.
+    /// first, as by [`Client::remove_path`]. A server that has not finished with its former connections is asked again
+    /// until `connect_timeout` has passed. [`Event::PathUp`] or [`Event::PathDown`] follows.
     ///
     /// # Errors
     /// No such path; an attempt is under way already.
@@ -179,6 +182,7 @@ impl<U: Upper> Client<U> {
         session: SessionId,
         path: PathId,
     ) -> Result<(), ControlError> {
+        let insist_until = cx.now.checked_add(self.living(session)?.options.connect_timeout);
         let entry = self.living_path(session, path)?;
         match entry.phase {
             PathPhase::Connecting | PathPhase::Info | PathPhase::Ready => {
@@ -186,12 +190,13 @@ impl<U: Upper> Client<U> {
                 return Err(ControlError::Busy { state: entry.phase.state().name(), hint });
             }
             PathPhase::Up => {
-                entry.after = After::Reconnect;
-                self.close_path(cx.now, path, PathError::Reconnect);
+                (entry.after, entry.insist_until) = (After::Reconnect, insist_until);
+                self.retire(cx.now, path, PathError::Reconnect);
             }
-            PathPhase::Closing => entry.after = After::Reconnect,
+            PathPhase::Closing => (entry.after, entry.insist_until) = (After::Reconnect, insist_until),
             PathPhase::Waiting | PathPhase::Resting(_) | PathPhase::Closed => {
                 (entry.phase, entry.after, entry.retries) = (PathPhase::Waiting, After::Retry, 0);
+                entry.insist_until = insist_until;
                 self.start_waiting(cx.now, session);
             }
         }

@@ -68,7 +68,7 @@ pub use control::Client;
 pub use error::{ControlError, PathError, Refused, SessionEnd};
 pub use event::Event;
 pub use info::{PathInfo, PathState, SessionInfo};
-pub use lane::{Io, Lane, SessionKey};
+pub use lane::{Io, Lane, LaneRef, SessionKey};
 pub use options::{PathSpec, Policy, Reconnect, SessionOptions};
 pub use path::{PathId, PathStats};
 pub use session::{Limits, Session, SessionId};

@@ -157,13 +157,16 @@ impl Default for Reconnect {
     }
 }
 
-/// Which of several connected paths a request takes (`rtrs-clt.c`, `get_next_path_*`). Ties go to the path that was
-/// added first.
+/// Which of several connected paths a request takes (`rtrs-clt.c`, `get_next_path_*`). Among equals each reactor has
+/// another favourite: the first prefers the path that was added first, the second the next, and so on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Policy {
     /// Each in turn, per reactor.
     RoundRobin,
-    /// The one with the fewest requests in flight from the same reactor.
+    /// The one with the fewest requests in flight from the same reactor. The kernel counts those of all cores, by a
+    /// word that every core changes with every request; here nothing of the data path is shared. It comes to the same:
+    /// each reactor keeps its own requests even over the paths, to within one, and as ties go to different paths on
+    /// different reactors, the remainders are even, too. A path that answers slowly is full on every reactor.
     #[default]
     MinInflight,
     /// The one whose last heartbeat came back soonest.

@@ -7,6 +7,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PathId(pub(super) u64);
 
+impl PathId {
+    /// For tables of the layers above: different for each path that a client ever has.
+    pub const fn number(self) -> u64 {
+        self.0
+    }
+}
+
 /// Requests and bytes (user message plus data) of a path, as the kernel's `stats/rdma` and `stats/reconnects` count
 /// them. All but `inflight` start at 0 again with [`super::Client::reset_stats`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,8 +36,10 @@ pub struct PathStats {
     pub reconnects_failed: u64,
 }
 
-/// Counts of one reactor. One writer, so plain loads and stores.
+/// Counts of one reactor. One writer, so plain loads and stores; and lines of their own, or reactors would take them from
+/// each other with every request (two lines, as processors fetch them in pairs).
 #[derive(Debug, Default)]
+#[repr(align(128))]
 pub(super) struct Counters {
     rd_cnt: AtomicU64,
     rd_bytes: AtomicU64,
@@ -67,6 +76,8 @@ pub(super) struct Path {
     pub id: PathId,
     /// Set by every message of the server, cleared by the heartbeat.
     traffic: AtomicBool,
+    /// It is about to be disconnected: it gets no new requests.
+    retiring: AtomicBool,
     latency_ns: AtomicU64,
     /// By index of the reactor among those of the session.
     counters: Box<[Counters]>,
@@ -81,6 +92,7 @@ impl Path {
         Self {
             id,
             traffic: AtomicBool::new(false),
+            retiring: AtomicBool::new(false),
             latency_ns: AtomicU64::new(0),
             counters: (0..reactors).map(|_| Counters::default()).collect(),
             reconnects_ok: AtomicU64::new(0),
@@ -104,6 +116,16 @@ impl Path {
     /// Whether it has been heard of since the last call.
     pub fn take_traffic(&self) -> bool {
         self.traffic.swap(false, Ordering::Relaxed)
+    }
+
+    /// Whether reactors leave it alone from now on. Those that are just choosing may still give it a request.
+    pub fn set_retiring(&self, retiring: bool) {
+        self.retiring.store(retiring, Ordering::Relaxed);
+    }
+
+    /// See [`Path::set_retiring`].
+    pub fn is_retiring(&self) -> bool {
+        self.retiring.load(Ordering::Relaxed)
     }
 
     /// Round trip of the last heartbeat, 0 before the first.

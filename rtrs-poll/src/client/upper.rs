@@ -8,6 +8,7 @@ use reactor::{Polled, Turn};
 use rtrs_proto::Errno;
 
 use super::lane::{Io, SessionKey};
+use super::path::PathId;
 use super::session::Session;
 
 /// Which connection a request takes.
@@ -66,6 +67,12 @@ pub trait Upper: 'static {
         cookie: u64,
         result: Result<(), Errno>,
     );
+
+    /// `path` was lost with a request in flight, which now waits for another path: the server may still execute what
+    /// came by `path`, even after the repeated request has completed, until it lets that path connect again.
+    fn failing_over(&mut self, cx: &mut Turn<'_>, key: SessionKey, cookie: u64, path: PathId) {
+        let _ = (cx, key, cookie, path);
+    }
 
     /// The session has no path any more, and none of its requests is in flight: no queue pair is left by which the
     /// server could touch their memory. Requests are refused until it comes up again.

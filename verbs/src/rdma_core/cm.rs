@@ -395,6 +395,13 @@ impl Cm for RdmaCm {
         self.raw_device(id).map(|d| d as Arc<dyn Device>)
     }
 
+    fn port(&self, id: CmId) -> u8 {
+        let Ok(id) = self.id(id, "port") else { return 1 };
+        let _guard = self.channel.lock();
+        // SAFETY: a live id under the lock. librdmacm sets the number when it binds the id to a device; before it is 0.
+        unsafe { (*id.raw).port_num }.max(1)
+    }
+
     fn create_qp(&mut self, id: CmId, caps: &QpCaps, cq: &CqHandle) -> Result<Box<dyn Qp>, Error> {
         let what = format!("rdma_create_qp ({caps:?})");
         let id = self.id(id, &what)?.clone();

@@ -170,6 +170,26 @@ impl Io {
         self.epoch + Duration::from_nanos(ns)
     }
 
+    /// See [`super::LaneRef::abandon`].
+    pub(super) fn abandon(&mut self, cookies: &[u64]) -> usize {
+        let (mut ended, mut cut) = (0, Vec::new());
+        for key in self.sessions.keys() {
+            while let Some(con) = self.sessions.get(key).and_then(|s| s.permits.abandon(cookies)) {
+                ended += 1;
+                let Some(key) = con else { continue };
+                let Some((link, cid)) = self.cons.get(key).map(|c| (c.link, c.cid)) else { continue };
+                if let Some(link) = self.links.get(link) {
+                    link.counters().ended(1);
+                }
+                self.link_broken(link, format!("con {cid}: a user left without waiting for its requests"));
+                cut.push(key);
+            }
+        }
+        // With the queue pair goes all that the server could do to the memory; the path is closed by the control thread.
+        cut.into_iter().for_each(|key| drop(self.cons.remove(key)));
+        ended
+    }
+
     /// Posts what is due on every dirty connection.
     pub(super) fn post(&mut self) {
         for i in 0..self.dirty.len() {

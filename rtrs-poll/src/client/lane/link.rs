@@ -96,6 +96,11 @@ impl Link {
         }
     }
 
+    /// New requests may take it.
+    pub fn is_usable(&self) -> bool {
+        !self.broken && !self.path.is_retiring()
+    }
+
     pub fn counters(&self) -> &Counters {
         self.path.counters(self.index)
     }

@@ -8,7 +8,7 @@ use verbs::Device;
 
 use super::Lane;
 use super::con::{Broken, Con};
-use super::io::Io;
+use super::io::{Io, SessionKey};
 use super::link::{Link, LinkSetup, LinkStart};
 use super::slab::Key;
 use super::tag;
@@ -102,6 +102,10 @@ impl<U: Upper> Lane<U> {
             session.remove_link(key);
             let parked = session.permits.park(&cons, |index, usr| link.memory.header(index, usr));
             link.counters().ended(parked as u64);
+            let cookies: Vec<u64> = session.permits.last_parked(parked).collect();
+            for cookie in cookies {
+                self.upper.failing_over(cx, SessionKey(session_key), cookie, path);
+            }
             self.send_parked(cx, session_key);
         }
         self.io.find_next_beat();

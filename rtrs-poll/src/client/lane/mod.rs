@@ -18,7 +18,7 @@ mod slab;
 mod tag;
 
 use std::cell::RefCell;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -56,6 +56,19 @@ pub(super) trait Reports: Send + Sync {
     fn memory_changed(&self);
     /// A table that is not used here any more.
     fn keys_back(&self, keys: Arc<KeyTable>);
+}
+
+/// A way to the lane of this thread for those who have no [`Turn`] at hand.
+pub struct LaneRef<U>(Weak<RefCell<Lane<U>>>);
+
+impl<U: Upper> LaneRef<U> {
+    /// Ends the requests with these cookies, of whatever session, here and now and without a completion: for memory that
+    /// is going away with its user. The connections that carry one are destroyed at once, so nobody can touch the memory
+    /// any more, and their paths are closed as if they were lost. What the server does with the requests nobody knows.
+    /// Returns how many there were; without a lane any more there can be none. Not from within a call of [`Upper`].
+    pub fn abandon(&self, cookies: &[u64]) -> usize {
+        self.0.upgrade().map_or(0, |lane| lane.borrow_mut().io.abandon(cookies))
+    }
 }
 
 /// One reactor's share of an RTRS client.
@@ -113,6 +126,11 @@ impl<U: Upper> Lane<U> {
         if let Some(cell) = cx.local::<LaneCell<U>>() {
             f(cx, &mut cell.0.borrow_mut());
         }
+    }
+
+    /// The lane of this reactor.
+    pub fn reference(cx: &Turn<'_>) -> LaneRef<U> {
+        LaneRef(cx.local::<LaneCell<U>>().map_or_else(Weak::new, |cell| Rc::downgrade(&cell.0)))
     }
 
     /// For messages of the upper layer's control part: its state and the lane's I/O side, on `reactor`.

@@ -138,6 +138,20 @@ impl Permits {
         self.parked.len() - before
     }
 
+    /// Cookies of the last `n` requests that came to wait.
+    pub fn last_parked(&self, n: usize) -> impl Iterator<Item = u64> {
+        let ids = self.parked[self.parked.len().saturating_sub(n)..].iter();
+        ids.filter_map(|id| self.pending(*id).map(|p| p.cookie))
+    }
+
+    /// Takes out a request whose cookie is among `cookies`: its id is free. `Some(None)`: it waited for a path.
+    pub fn abandon(&mut self, cookies: &[u64]) -> Option<Option<Key>> {
+        let (id, con) = self.iter().find(|(_, p)| cookies.contains(&p.cookie)).map(|(id, p)| (id, p.con))?;
+        self.parked.retain(|p| *p != id);
+        self.finish(id);
+        Some(con)
+    }
+
     /// One that waits for another path, and its user message. It stays until [`Permits::unpark`].
     pub fn next_parked(&self) -> Option<(u16, &Pending, &[u8])> {
         let id = *self.parked.last()?;

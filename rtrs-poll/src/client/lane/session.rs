@@ -30,8 +30,8 @@ pub(super) struct LaneSession {
     pub links: Vec<(PathId, Key)>,
     pub policy: Policy,
     pub io_timeout: Option<Duration>,
-    /// It is the reactor with con 0.
-    pub service: bool,
+    /// Which of the session's reactors it is; the first has con 0.
+    index: usize,
     /// Between `session_up` and `session_down`.
     pub up: bool,
     /// Whose turn it is.
@@ -47,7 +47,7 @@ impl LaneSession {
             links: Vec::new(),
             policy,
             io_timeout,
-            service: index == 0,
+            index,
             up: false,
             cursor: 0,
             session,
@@ -70,12 +70,12 @@ impl LaneSession {
         cons: &mut Slab<Con>,
         via: Via,
     ) -> Result<(Key, Key), Refused> {
-        if via == Via::Service && !self.service {
+        if via == Via::Service && self.index > 0 {
             return Err(Refused::NoServiceCon);
         }
         let first = self.first_choice(links).ok_or(Refused::Down)?;
         let mut con_of = |link: Key| {
-            let con = links.get(link).filter(|l| !l.broken)?.con_with_room(cons, via)?;
+            let con = links.get(link).filter(|l| l.is_usable())?.con_with_room(cons, via)?;
             Some((link, con))
         };
         if let Some(found) = con_of(first) {
@@ -85,11 +85,11 @@ impl LaneSession {
         self.links.iter().find_map(|(_, link)| con_of(*link)).ok_or(Refused::Busy)
     }
 
-    /// By policy, among all that are not broken.
+    /// By policy, among all that may be used.
     fn first_choice(&mut self, links: &mut Slab<Link>) -> Option<Key> {
         let n = self.links.len();
         let mut usable =
-            |key: Key| links.get(key).filter(|l| !l.broken).map(|l| (l.inflight, l.path.latency_ns()));
+            |key: Key| links.get(key).filter(|l| l.is_usable()).map(|l| (l.inflight, l.path.latency_ns()));
         match self.policy {
             _ if n == 1 => Some(self.links[0].1).filter(|k| usable(*k).is_some()),
             Policy::RoundRobin => {
@@ -103,9 +103,11 @@ impl LaneSession {
         }
     }
 
-    /// The first of those with the least value.
+    /// The first of those with the least value, counted from the reactor's own favourite.
     fn least(&self, mut value: impl FnMut(Key) -> Option<u64>) -> Option<Key> {
-        let valued = self.links.iter().filter_map(|(_, k)| Some((value(*k)?, *k)));
+        let n = self.links.len();
+        let all = (0..n).map(|i| self.links[(self.index + i) % n].1);
+        let valued = all.filter_map(|k| Some((value(k)?, k)));
         valued.min_by_key(|(v, _)| *v).map(|(_, k)| k)
     }
 }
