@@ -1,4 +1,4 @@
-//! A client of the NBD handshake. The first byte chooses settings and how the rest, the client's bytes, is cut into
+//! A client of the NBD handshake. The first two bytes choose settings and how the rest, the client's bytes, is cut into
 //! pieces; whole or in pieces, the server says the same and ends the same way.
 #![no_main]
 
@@ -6,8 +6,9 @@ use libfuzzer_sys::fuzz_target;
 use nbd_proto::haggle::wire::{IHAVEOPT, OPTION_REPLY_MAGIC, ReplyHeader, opt, rep};
 use nbd_proto::haggle::{
     BlockSizes, Catalog, Chosen, Error, Export, MAX_INPUT, MAX_OUTPUT, Outcome, Refusal, ServerHaggle,
-    Settings,
+    Settings, Style, Tls,
 };
+use nbd_proto::framing::Framing;
 use nbd_proto::wire::TransmissionFlags;
 use zerocopy::FromBytes;
 
@@ -66,6 +67,10 @@ fn talk(settings: Settings, bytes: &[u8], piece: usize) -> End {
         let out = haggle.transmit().len().min(piece);
         said.extend_from_slice(&haggle.transmit()[..out]);
         haggle.transmitted(out);
+        if haggle.outcome() == Some(&Outcome::StartTls) {
+            haggle.encrypted();
+            continue;
+        }
         if let Some(outcome) = haggle.outcome() {
             return end(said, Ok(Some(outcome.clone())), used);
         }
@@ -81,7 +86,12 @@ fn talk(settings: Settings, bytes: &[u8], piece: usize) -> End {
 
 /// Every reply is whole and answers with something that replies have.
 fn check_replies(mut said: &[u8], chosen: Option<&Chosen>) {
-    said = &said[18..];
+    match chosen.map_or(opt::GO, |c| c.option) {
+        // Oldstyle, and 1997.
+        0 => return assert!(said.len() == 152 || said.is_empty()),
+        _ if said.is_empty() => return,
+        _ => said = &said[18..],
+    }
     if chosen.is_some_and(|c| c.option == opt::EXPORT_NAME) {
         let tail = said.len();
         let zeroes = tail >= 134 && said[tail - 124..].iter().all(|b| *b == 0);
@@ -91,7 +101,7 @@ fn check_replies(mut said: &[u8], chosen: Option<&Chosen>) {
         let (header, rest) = ReplyHeader::ref_from_prefix(said).expect("a whole header");
         assert_eq!(header.magic.get(), OPTION_REPLY_MAGIC);
         let kind = header.kind.get();
-        assert!([rep::ACK, rep::SERVER, rep::INFO].contains(&kind) || kind & rep::ERROR != 0);
+        assert!([rep::ACK, rep::SERVER, rep::INFO, rep::META_CONTEXT].contains(&kind) || kind & rep::ERROR != 0);
         let (data, rest) = rest.split_at(header.len.get() as usize);
         assert!(kind & rep::ERROR == 0 || std::str::from_utf8(data).is_ok());
         said = rest;
@@ -99,8 +109,20 @@ fn check_replies(mut said: &[u8], chosen: Option<&Chosen>) {
 }
 
 fuzz_target!(|input: &[u8]| {
-    let Some((how, bytes)) = input.split_first() else { return };
-    let settings = Settings { fixed_newstyle: how & 1 == 0, no_zeroes: how & 2 == 0, list: how & 4 == 0 };
+    let Some(([what, how], bytes)) = input.split_first_chunk() else { return };
+    let settings = Settings {
+        fixed_newstyle: how & 1 == 0,
+        no_zeroes: how & 2 == 0,
+        list: how & 4 == 0,
+        structured: what & 1 == 0,
+        extended: what & 2 == 0,
+        tls: [Tls::Off, Tls::Allow, Tls::Require, Tls::Off][usize::from(what >> 2 & 3)],
+        style: match what >> 4 {
+            14 => Style::Oldstyle,
+            15 => Style::Original { reply_magic: 7 },
+            _ => Style::Newstyle,
+        },
+    };
     let whole = talk(settings, bytes, usize::MAX >> 1);
     let pieces = talk(settings, bytes, usize::from(how >> 3) + 1);
     assert_eq!(whole.said, pieces.said);
@@ -116,8 +138,12 @@ fuzz_target!(|input: &[u8]| {
     };
     if let Some(chosen) = chosen {
         assert!(chosen.export < 10 && chosen.export != 5);
-        assert!(bytes.windows(8).any(|w| w == IHAVEOPT.to_be_bytes()));
+        assert!(chosen.option == 0 || bytes.windows(8).any(|w| w == IHAVEOPT.to_be_bytes()));
         assert!(chosen.export != 4 || chosen.knows_sizes || chosen.option == opt::EXPORT_NAME);
+        let agreed = chosen.agreed;
+        assert!(!agreed.allocation || agreed.framing.has_chunks());
+        assert!(agreed.framing != Framing::Extended || settings.extended && chosen.option == opt::GO);
+        assert_eq!(chosen.flags.has(TransmissionFlags::SEND_DF), agreed.framing.has_chunks());
     }
     check_replies(&whole.said, chosen);
 });

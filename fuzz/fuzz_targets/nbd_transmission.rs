@@ -1,11 +1,12 @@
-//! A stream of NBD requests as a server takes it: the first bytes make the export and the sizes of the pieces that
-//! arrive, the rest is what the client sent.
+//! A stream of NBD requests as a server takes it: the first bytes make the export, the framing and the sizes of the pieces
+//! that arrive, the rest is what the client sent.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
+use nbd_proto::framing::{Agreed, Framing};
 use nbd_proto::request::{Command, Export, Request};
 use nbd_proto::transmission::{Event, Transmission, Want};
-use nbd_proto::wire::{REQUEST_LEN, TransmissionFlags};
+use nbd_proto::wire::{ORIGINAL_REPLY_MAGIC, TransmissionFlags};
 
 fuzz_target!(|input: &[u8]| {
     let Some(([f0, f1, shift, blocks, pieces @ ..], mut rest)) = input.split_first_chunk::<8>() else { return };
@@ -16,7 +17,10 @@ fuzz_target!(|input: &[u8]| {
         max_payload: 4096,
         flags: TransmissionFlags(u16::from_be_bytes([*f0, *f1])),
     };
-    let mut machine = Transmission::new(export);
+    let original = Framing::Original { reply_magic: ORIGINAL_REPLY_MAGIC };
+    let framing = [Framing::Simple, Framing::Structured, Framing::Extended, original][usize::from(shift >> 6)];
+    let allocation = framing.has_chunks() && shift & 32 != 0;
+    let mut machine = Transmission::with(export, Agreed { framing, allocation });
     let (mut staged, mut pieces) = (Vec::new(), pieces.iter().cycle());
     while !rest.is_empty() {
         let size = (usize::from(*pieces.next().expect("endless")) + 1).min(rest.len());
@@ -33,9 +37,20 @@ fn take(machine: &mut Transmission, staged: &mut Vec<u8>) -> bool {
     loop {
         let event = match machine.want() {
             Want::Header => {
-                let Some(header) = staged.first_chunk::<REQUEST_LEN>() else { return true };
+                let len = machine.header_len();
+                let Some(header) = staged.get(..len) else { return true };
                 let Ok(event) = machine.header(header) else { return false };
-                staged.drain(..REQUEST_LEN);
+                staged.drain(..len);
+                event
+            }
+            Want::Parameters { left } => {
+                assert!(left > 0 && machine.agreed().framing == Framing::Extended);
+                let n = staged.len().min(left as usize);
+                if n == 0 {
+                    return true;
+                }
+                let event = machine.parameters(&staged[..n]);
+                staged.drain(..n);
                 event
             }
             Want::Payload { left } | Want::Discard { left } => {
@@ -63,9 +78,9 @@ fn take(machine: &mut Transmission, staged: &mut Vec<u8>) -> bool {
 }
 
 fn check(r: &Request, export: &Export) {
-    let (block, len) = (u64::from(export.block_size), u64::from(r.len()));
+    let (block, len) = (u64::from(export.block_size), r.len());
     assert!(r.offset().is_multiple_of(block) && len.is_multiple_of(block) && r.offset() + len <= export.size);
     assert_eq!(len == 0, r.command() == Command::Flush);
     assert!(!r.command().modifies() || !export.flags.has(TransmissionFlags::READ_ONLY));
-    assert!(!matches!(r.command(), Command::Read | Command::Write { .. }) || r.len() <= export.max_payload);
+    assert!(!matches!(r.command(), Command::Read | Command::Write { .. }) || r.len() <= export.max_payload.into());
 }

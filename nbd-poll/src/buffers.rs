@@ -117,6 +117,32 @@ impl Data {
 }
 
 #[cfg(test)]
+impl Data {
+    /// Writes `byte` everywhere.
+    pub(crate) fn fill(&mut self, byte: u8) {
+        // SAFETY: exclusively borrowed, and no I/O.
+        for s in unsafe { self.segments(usize::MAX) } {
+            // SAFETY: the segment is `len` bytes of this memory.
+            unsafe { s.as_ptr().write_bytes(byte, s.len as usize) };
+        }
+    }
+
+    /// Writes one byte.
+    pub(crate) fn poke(&mut self, at: usize, byte: u8) {
+        let mut left = at;
+        // SAFETY: exclusively borrowed, and no I/O.
+        for s in unsafe { self.segments(usize::MAX) } {
+            if left < s.len as usize {
+                // SAFETY: inside the segment.
+                return unsafe { s.as_ptr().add(left).write(byte) };
+            }
+            left -= s.len as usize;
+        }
+        panic!("{at} is outside");
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

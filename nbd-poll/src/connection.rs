@@ -3,6 +3,8 @@
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 
+use nbd_proto::framing::Agreed;
+use nbd_proto::reply::{Run, To};
 use nbd_proto::request::{Command, Export, Request};
 use nbd_proto::transmission::{Event, Transmission, Violation, Want};
 use nbd_proto::wire::ErrorCode;
@@ -78,18 +80,26 @@ pub struct Connection {
 }
 
 impl Connection {
+    /// As [`Connection::with`], in the simple framing: the kernel's.
+    ///
+    /// # Errors
+    /// No descriptors left.
+    pub fn new(socket: OwnedFd, export: Export, buffers: Buffers) -> io::Result<Self> {
+        Self::with(socket, export, Agreed::default(), buffers)
+    }
+
     /// Serves `export` on `socket`, whose next byte is the first of a request. `export.max_payload` is at most
     /// [`MAX_PAYLOAD`].
     ///
     /// # Errors
     /// No descriptors left.
-    pub fn new(socket: OwnedFd, export: Export, buffers: Buffers) -> io::Result<Self> {
+    pub fn with(socket: OwnedFd, export: Export, agreed: Agreed, buffers: Buffers) -> io::Result<Self> {
         let export = Export { max_payload: export.max_payload.min(MAX_PAYLOAD), ..export };
         Ok(Self {
             stream: Stream::new(socket)?,
-            machine: Transmission::new(export),
-            staging: Staging::new(),
-            slots: Slots::new(),
+            machine: Transmission::with(export, agreed),
+            staging: Staging::new(agreed.framing.request_len()),
+            slots: Slots::new(agreed.framing),
             outbox: Outbox::new(),
             buffers,
             writing: None,
@@ -123,6 +133,19 @@ impl Connection {
             debug_assert!(false, "an answer to no request: {id:?}");
             return;
         }
+        self.answered(id);
+    }
+
+    /// Answers a `BLOCK_STATUS` request with what is at its offset; `runs` are whole blocks, and at least one. Control
+    /// path: it allocates.
+    pub fn reply_status(&mut self, id: RequestId, runs: &[Run]) {
+        debug_assert!(!runs.is_empty());
+        if self.slots.answer_status(id, runs, self.machine.export().block_size) {
+            self.answered(id);
+        }
+    }
+
+    fn answered(&mut self, id: RequestId) {
         self.in_flight -= 1;
         if self.answers() { self.outbox.push(id) } else { self.slots.release(id) }
     }
@@ -207,11 +230,23 @@ impl Connection {
                     if !self.slots.has_room() {
                         return false;
                     }
-                    self.staging.consume(header.len());
-                    match self.machine.header(&header) {
+                    let result = self.machine.header(header);
+                    self.staging.consume(self.machine.header_len());
+                    match result {
                         Ok(Some(event)) => self.event(event, out),
                         Ok(None) => self.staging.follow(true),
                         Err(violation) => self.finish(End::Violation(violation)),
+                    }
+                }
+                Want::Parameters { left } => {
+                    let staged = self.staging.peek(left as usize);
+                    if staged.is_empty() {
+                        return true;
+                    }
+                    let (n, event) = (staged.len(), self.machine.parameters(staged));
+                    self.staging.consume(n);
+                    if let Some(event) = event {
+                        self.event(event, out);
                     }
                 }
                 Want::Payload { left } | Want::Discard { left } => {
@@ -307,8 +342,9 @@ impl Connection {
             },
             Event::Refused(refusal) => {
                 tracing::debug!(%refusal, "NBD");
-                let id = self.slots.enter(refusal.cookie, 0, crate::buffers::Data::None);
-                self.slots.answer(id, Err(refusal.error));
+                let to = To { cookie: refusal.cookie, offset: refusal.offset };
+                let id = self.slots.enter(to, 0, crate::buffers::Data::None);
+                self.slots.refuse(id, refusal.error, refusal.why);
                 self.outbox.push(id);
             }
             Event::Disconnect => self.finish(End::Disconnect),
@@ -318,8 +354,7 @@ impl Connection {
     /// Gives memory to the request that waits for it. False if there is none.
     fn admit_waiting(&mut self, out: &mut Vec<Incoming>) -> bool {
         let Some(request) = self.waiting else { return true };
-        let has_data = matches!(request.command(), Command::Read | Command::Write { .. });
-        let len = if has_data { request.len() as usize } else { 0 };
+        let len = request.data_len() as usize;
         if Buffers::is_own(len) && self.slots.has_own() {
             return false;
         }
@@ -334,8 +369,9 @@ impl Connection {
             return false;
         };
         self.waiting = None;
-        let answer_len = if request.command() == Command::Read { len } else { 0 };
-        let id = self.slots.enter(request.cookie(), answer_len, data);
+        let answer_len = if request.command() == Command::Read { request.data_len() } else { 0 };
+        let to = To { cookie: request.cookie(), offset: request.offset() };
+        let id = self.slots.enter(to, answer_len, data);
         if request.payload_len() > 0 {
             self.writing = Some(id);
         } else {
@@ -346,15 +382,13 @@ impl Connection {
 
     /// Whether [`Connection::admit_waiting`] would find memory now.
     fn has_memory_for(&self, request: &Request) -> bool {
-        let has_data = matches!(request.command(), Command::Read | Command::Write { .. });
-        let len = if has_data { request.len() as usize } else { 0 };
+        let len = request.data_len() as usize;
         let stuck = self.in_flight == 0 && self.outbox.is_empty();
         if Buffers::is_own(len) { !self.slots.has_own() } else { stuck || self.buffers.has(len) }
     }
 
     fn hand_out(&mut self, id: RequestId, request: Request, out: &mut Vec<Incoming>) {
-        let has_data = matches!(request.command(), Command::Read | Command::Write { .. });
-        let len = if has_data { request.len() as usize } else { 0 };
+        let len = request.data_len() as usize;
         // SAFETY: the slot keeps the memory until the request is answered.
         let segments = unsafe { self.slots.segments(id, len) };
         self.in_flight += 1;

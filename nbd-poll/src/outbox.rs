@@ -61,11 +61,9 @@ impl Outbox {
         let (mut count, mut skip) = (0, self.sent);
         for id in &self.queue {
             // SAFETY: the slot stays in use until the answer is sent.
-            let (header, data) = unsafe { slots.reply(*id) };
-            let header = (header.as_ptr().cast_mut(), header.len());
-            for (base, len) in
-                std::iter::once(header).chain(data.iter().map(|s| (s.as_ptr(), s.len as usize)))
-            {
+            let (head, extents, data) = unsafe { slots.reply(*id) };
+            let own = [head, extents].map(|b| (b.as_ptr().cast_mut(), b.len()));
+            for (base, len) in own.into_iter().chain(data.iter().map(|s| (s.as_ptr(), s.len as usize))) {
                 if skip >= len {
                     skip -= len;
                     continue;

@@ -1,7 +1,8 @@
 //! Requests in flight on one connection, found by index.
 
-use nbd_proto::wire::{ErrorCode, SIMPLE_REPLY_LEN, SimpleReply};
-use zerocopy::IntoBytes;
+use nbd_proto::framing::Framing;
+use nbd_proto::reply::{MAX_EXTENTS, ReplyHead, Run, To, put_extent};
+use nbd_proto::wire::ErrorCode;
 
 use crate::Segments;
 use crate::buffers::Data;
@@ -16,17 +17,20 @@ pub struct RequestId(pub u32);
 /// One request.
 #[derive(Debug, Default)]
 struct Slot {
-    cookie: u64,
+    to: To,
     /// Data that a good answer carries, bytes.
-    answer_len: usize,
+    answer_len: u32,
     data: Data,
-    reply: [u8; SIMPLE_REPLY_LEN],
+    reply: ReplyHead,
+    /// Behind it, instead of data: the extents of `BLOCK_STATUS`.
+    extents: Vec<u8>,
     used: bool,
 }
 
 /// All of a connection, made when it is.
 #[derive(Debug)]
 pub(crate) struct Slots {
+    framing: Framing,
     slots: Box<[Slot]>,
     free: Vec<u32>,
     /// Requests with memory of their own.
@@ -34,9 +38,9 @@ pub(crate) struct Slots {
 }
 
 impl Slots {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(framing: Framing) -> Self {
         let slots = std::iter::repeat_with(Slot::default).take(MAX_IN_FLIGHT).collect();
-        Self { slots, free: (0..MAX_IN_FLIGHT as u32).rev().collect(), own: 0 }
+        Self { framing, slots, free: (0..MAX_IN_FLIGHT as u32).rev().collect(), own: 0 }
     }
 
     pub(crate) fn has_room(&self) -> bool {
@@ -52,11 +56,11 @@ impl Slots {
     ///
     /// # Panics
     /// Without room.
-    pub(crate) fn enter(&mut self, cookie: u64, answer_len: usize, data: Data) -> RequestId {
+    pub(crate) fn enter(&mut self, to: To, answer_len: u32, data: Data) -> RequestId {
         let index = self.free.pop().expect("has_room was asked");
         self.own += usize::from(matches!(data, Data::Own(_)));
-        self.slots[index as usize] =
-            Slot { cookie, answer_len, data, reply: [0; SIMPLE_REPLY_LEN], used: true };
+        let slot = &mut self.slots[index as usize];
+        (slot.to, slot.answer_len, slot.data, slot.used) = (to, answer_len, data, true);
         RequestId(index)
     }
 
@@ -69,12 +73,25 @@ impl Slots {
         unsafe { self.slots[id.0 as usize].data.segments(len) }
     }
 
-    /// Makes the answer. False if there is no such request.
+    /// Makes the answer of a request that was executed. False if there is no such request.
+    ///
+    /// Data that are all zeroes are told as a hole where the framing has one: looking costs as much as the zeroes are
+    /// long, a fraction of what sending them would, and next to nothing where the first bytes are others.
     pub(crate) fn answer(&mut self, id: RequestId, result: Result<(), ErrorCode>) -> bool {
         let Some(slot) = self.slots.get_mut(id.0 as usize).filter(|s| s.used) else { return false };
-        slot.reply.copy_from_slice(SimpleReply::new(slot.cookie, result).as_bytes());
-        if result.is_err() {
-            slot.answer_len = 0;
+        match result {
+            // SAFETY: the slot keeps the memory; the device is done with it, and the client has not got it.
+            Ok(()) if self.framing.has_chunks() && slot.answer_len > 0 && unsafe { is_zero(slot) } => {
+                slot.reply = ReplyHead::hole(self.framing, slot.to, slot.answer_len);
+                slot.answer_len = 0;
+            }
+            Ok(()) => slot.reply = ReplyHead::data(self.framing, slot.to, slot.answer_len),
+            Err(error) => {
+                let at = (slot.answer_len > 0).then_some(slot.to.offset);
+                let why = nbd_proto::reply::text(error);
+                slot.reply = ReplyHead::error(self.framing, slot.to, error, why, at);
+                slot.answer_len = 0;
+            }
         }
         if slot.answer_len == 0 {
             let data = std::mem::take(&mut slot.data);
@@ -83,19 +100,43 @@ impl Slots {
         true
     }
 
-    /// The answer's header and data.
+    /// Makes the answer of a request that was not executed.
+    pub(crate) fn refuse(&mut self, id: RequestId, error: ErrorCode, why: &str) {
+        let slot = &mut self.slots[id.0 as usize];
+        slot.reply = ReplyHead::error(self.framing, slot.to, error, why, None);
+    }
+
+    /// Makes the answer of a `BLOCK_STATUS` request: at most [`MAX_EXTENTS`] of the runs, at least one. False if there
+    /// is no such request. Allocates.
+    pub(crate) fn answer_status(&mut self, id: RequestId, runs: &[Run], block_size: u32) -> bool {
+        let Some(slot) = self.slots.get_mut(id.0 as usize).filter(|s| s.used) else { return false };
+        slot.extents.clear();
+        let mut count = 0;
+        for run in runs.iter().take(MAX_EXTENTS) {
+            count += 1;
+            if !put_extent(self.framing, *run, block_size, &mut slot.extents) {
+                break;
+            }
+        }
+        slot.reply = ReplyHead::status(self.framing, slot.to, count);
+        true
+    }
+
+    /// The answer's head, and what is behind it: extents or data.
     ///
     /// # Safety
     /// As for [`Data::segments`].
-    pub(crate) unsafe fn reply(&self, id: RequestId) -> (&[u8; SIMPLE_REPLY_LEN], Segments) {
+    pub(crate) unsafe fn reply(&self, id: RequestId) -> (&[u8], &[u8], Segments) {
         let slot = &self.slots[id.0 as usize];
         // SAFETY: the caller's promise.
-        (&slot.reply, unsafe { slot.data.segments(slot.answer_len) })
+        let data = unsafe { slot.data.segments(slot.answer_len as usize) };
+        (slot.reply.as_bytes(), &slot.extents, data)
     }
 
     /// Bytes of the answer, header included.
     pub(crate) fn reply_len(&self, id: RequestId) -> usize {
-        SIMPLE_REPLY_LEN + self.slots[id.0 as usize].answer_len
+        let slot = &self.slots[id.0 as usize];
+        slot.reply.as_bytes().len() + slot.extents.len() + slot.answer_len as usize
     }
 
     /// The answer is on its way, or nobody waits for it.
@@ -103,6 +144,8 @@ impl Slots {
         let slot = &mut self.slots[id.0 as usize];
         if std::mem::take(&mut slot.used) {
             let data = std::mem::take(&mut slot.data);
+            // Thousands of them would stay otherwise, for clients that ask once.
+            slot.extents = Vec::new();
             self.give_back(data);
             self.free.push(id.0);
         }
@@ -110,5 +153,48 @@ impl Slots {
 
     fn give_back(&mut self, data: Data) {
         self.own -= usize::from(matches!(data, Data::Own(_)));
+    }
+}
+
+/// Whether all the data of the answer are zeroes.
+///
+/// # Safety
+/// Nobody writes to the memory of `slot` meanwhile.
+unsafe fn is_zero(slot: &Slot) -> bool {
+    // SAFETY: the slot keeps its memory for as long as it is borrowed.
+    let segments = unsafe { slot.data.segments(slot.answer_len as usize) };
+    segments.iter().all(|s| {
+        // SAFETY: `len` bytes that the slot owns; the caller vouches that nobody writes.
+        let bytes = unsafe { std::slice::from_raw_parts(s.as_ptr(), s.len as usize) };
+        let (start, rest) = bytes.split_at(bytes.len().min(16));
+        // If the start is zero and everything equals what is 16 bytes before it, everything is.
+        start.iter().all(|b| *b == 0) && *rest == bytes[..rest.len()]
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Buffers;
+
+    #[test]
+    fn zeroes_are_found_and_nothing_else_is() {
+        let buffers = Buffers::new(&iobuf::Registry::default()).unwrap();
+        let mut slots = Slots::new(Framing::Structured);
+        for (len, at) in
+            [(512, None), (512, Some(0)), (512, Some(511)), (300_000, None), (300_000, Some(299_999))]
+        {
+            let mut data = buffers.take(len).unwrap();
+            data.fill(0);
+            if let Some(at) = at {
+                data.poke(at, 1);
+            }
+            let id = slots.enter(To { cookie: 1, offset: 0 }, len as u32, data);
+            assert!(slots.answer(id, Ok(())));
+            let hole = slots.reply_len(id) == 32;
+            assert_eq!(hole, at.is_none(), "{len} {at:?}");
+            slots.release(id);
+        }
+        assert_eq!(buffers.in_use(), (0, 0));
     }
 }

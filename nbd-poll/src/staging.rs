@@ -1,7 +1,5 @@
 //! Bytes that were read ahead: headers, and the beginnings of payloads.
 
-use nbd_proto::wire::REQUEST_LEN;
-
 /// Headers read at once while requests have no payload.
 const AHEAD: usize = 32;
 
@@ -12,20 +10,24 @@ const AHEAD: usize = 32;
 /// most likely, which should go straight to its own buffer.
 #[derive(Debug)]
 pub(crate) struct Staging {
-    bytes: Box<[u8; AHEAD * REQUEST_LEN]>,
+    bytes: Box<[u8]>,
+    /// Bytes of a header.
+    header_len: usize,
     start: usize,
     end: usize,
     ahead: usize,
 }
 
 impl Staging {
-    pub(crate) fn new() -> Self {
-        Self { bytes: Box::new([0; AHEAD * REQUEST_LEN]), start: 0, end: 0, ahead: AHEAD }
+    /// For headers of `header_len` bytes.
+    pub(crate) fn new(header_len: usize) -> Self {
+        let bytes = vec![0; AHEAD * header_len].into_boxed_slice();
+        Self { bytes, header_len, start: 0, end: 0, ahead: AHEAD }
     }
 
     /// A whole header, if there is one.
-    pub(crate) fn header(&self) -> Option<[u8; REQUEST_LEN]> {
-        self.bytes[self.start..self.end].first_chunk().copied()
+    pub(crate) fn header(&self) -> Option<&[u8]> {
+        self.bytes[self.start..self.end].get(..self.header_len)
     }
 
     /// At most `max` of the staged bytes.
@@ -52,7 +54,7 @@ impl Staging {
         self.bytes.copy_within(self.start..self.end, 0);
         self.end -= self.start;
         self.start = 0;
-        let limit = (self.ahead * REQUEST_LEN).max(self.end);
+        let limit = (self.ahead * self.header_len).max(self.end);
         &mut self.bytes[self.end..limit]
     }
 
@@ -67,9 +69,11 @@ impl Staging {
 mod tests {
     use super::*;
 
+    const REQUEST_LEN: usize = 28;
+
     #[test]
     fn reads_ahead_as_far_as_is_useful() {
-        let mut s = Staging::new();
+        let mut s = Staging::new(REQUEST_LEN);
         assert_eq!(s.room().len(), AHEAD * REQUEST_LEN);
         s.follow(true);
         assert_eq!(s.room().len(), REQUEST_LEN);
@@ -78,7 +82,7 @@ mod tests {
         assert!(s.header().is_none());
         assert_eq!(s.room().len(), 8);
         s.filled(8);
-        assert_eq!(s.header(), Some([7; REQUEST_LEN]));
+        assert_eq!(s.header(), Some([7; REQUEST_LEN].as_slice()));
         assert!(s.room().is_empty());
         s.consume(REQUEST_LEN);
         assert!(s.is_empty() && s.peek(9).is_empty());
@@ -86,7 +90,7 @@ mod tests {
 
     #[test]
     fn what_is_left_moves_to_the_front() {
-        let mut s = Staging::new();
+        let mut s = Staging::new(REQUEST_LEN);
         s.room()[..30].copy_from_slice(&core::array::from_fn::<u8, 30, _>(|i| i as u8));
         s.filled(30);
         s.consume(28);

@@ -14,8 +14,10 @@
 //!
 //! * [`haggle`]: what comes before: the handshake, by which a client chooses an export.
 //! * [`wire`]: structures and constants, any bytes.
+//! * [`framing`]: the forms that requests and replies have: simple, structured, extended, and that of 1997.
 //! * [`request`]: from a header to a [`Request`](request::Request) that fits its export, or to a refusal.
 //! * [`transmission`]: the machine: whose bytes come next, and what to do with them.
+//! * [`reply`]: what goes back.
 //!
 //! All integers are big-endian. Bulk data does not pass through here: the machine says where the next bytes belong,
 //! and the transport reads them straight into the buffer.
@@ -23,7 +25,9 @@
 #![forbid(unsafe_code)]
 
 pub mod client;
+pub mod framing;
 pub mod haggle;
+pub mod reply;
 pub mod request;
 pub mod transmission;
 pub mod wire;

@@ -4,17 +4,21 @@
 //!
 //! | what                                              | answer                                    |
 //! |---------------------------------------------------|-------------------------------------------|
+//! | a change of a read-only export                    | EPERM                                     |
 //! | unknown command, or one that was not offered      | EINVAL                                    |
 //! | a flag that the command has not, or not offered   | EINVAL                                    |
-//! | a change of a read-only export                    | EPERM                                     |
+//! | a payload too many, or missing (extended headers) | EINVAL                                    |
 //! | empty range; `FLUSH` with one                     | EINVAL                                    |
 //! | not whole blocks                                  | EINVAL                                    |
 //! | past the end                                      | ENOSPC if it writes, else EINVAL          |
-//! | `READ` of more than the largest payload           | EINVAL (`WRITE`: the connection is closed) |
+//! | `READ` of more than the largest payload           | EOVERFLOW with DF, else EINVAL            |
+//!
+//! More payload than the largest closes the connection ([`crate::transmission`]).
 
 use std::fmt;
 
-use crate::wire::{ErrorCode, RequestHeader, TransmissionFlags, cmd, cmd_flag};
+use crate::framing::{ALLOCATION_CONTEXT, Agreed, Framing, Head};
+use crate::wire::{ErrorCode, TransmissionFlags, cmd, cmd_flag};
 
 /// The least that a server takes as payload of one request if block sizes were not negotiated ("Block size
 /// constraints"), bytes.
@@ -61,6 +65,11 @@ pub enum Command {
         /// Fail with ENOTSUP if it takes as long as writing zeroes.
         fast: bool,
     },
+    /// What of the range is allocated, in the context `base:allocation`.
+    BlockStatus {
+        /// One extent, no longer than the range.
+        one: bool,
+    },
 }
 
 impl Command {
@@ -76,7 +85,7 @@ pub struct Request {
     cookie: u64,
     command: Command,
     offset: u64,
-    len: u32,
+    len: u64,
 }
 
 /// A request that is answered with an error, and goes no further.
@@ -84,6 +93,8 @@ pub struct Request {
 pub struct Refusal {
     /// Of the request.
     pub cookie: u64,
+    /// Of the request.
+    pub offset: u64,
     /// The answer.
     pub error: ErrorCode,
     /// Why, for the log.
@@ -114,57 +125,121 @@ impl Request {
 
     /// Bytes of the range, whole blocks, inside the export; 0 for `Flush` only.
     #[expect(clippy::len_without_is_empty, reason = "only a flush is empty")]
-    pub fn len(&self) -> u32 {
+    pub fn len(&self) -> u64 {
         self.len
     }
 
-    /// Bytes that the client sends after the header.
-    pub fn payload_len(&self) -> u32 {
-        if matches!(self.command, Command::Write { .. }) { self.len } else { 0 }
+    /// Bytes of data that go one way or the other: those of a `READ` or `WRITE`, at most the largest payload.
+    pub fn data_len(&self) -> u32 {
+        if matches!(self.command, Command::Read | Command::Write { .. }) { self.len as u32 } else { 0 }
     }
 
-    /// Checks a header whose magic is right and whose command is not `DISC`.
+    /// Bytes of data that the client sends after the header.
+    pub fn payload_len(&self) -> u32 {
+        if matches!(self.command, Command::Write { .. }) { self.len as u32 } else { 0 }
+    }
+
+    /// Checks a header whose magic is right, whose command is not `DISC`, and whose payload is at most the largest.
     ///
     /// # Errors
-    /// What the answer must be. A refused `WRITE` is followed by its payload all the same.
-    pub fn check(header: &RequestHeader, export: &Export) -> Result<Self, Refusal> {
-        let refuse = |error, why| Err(Refusal { cookie: header.cookie.get(), error, why });
-        let (command, offset, len) = match command_of(header, export.flags) {
-            Ok(command) => (command, header.offset.get(), header.length.get()),
-            Err(why) => return refuse(ErrorCode::Einval, why),
-        };
-        let request = Self { cookie: header.cookie.get(), command, offset, len };
-        if command.modifies() && export.flags.has(TransmissionFlags::READ_ONLY) {
-            return refuse(ErrorCode::Eperm, "the export is read-only");
+    /// What the answer must be. The payload of a refused request follows all the same.
+    pub fn check(head: &Head, export: &Export, agreed: &Agreed) -> Result<Self, Refusal> {
+        Self::fit(head, export, agreed).map_err(|(error, why)| refusal(head, error, why))
+    }
+
+    fn fit(head: &Head, export: &Export, agreed: &Agreed) -> Result<Self, (ErrorCode, &'static str)> {
+        let changes = matches!(head.command, cmd::WRITE | cmd::TRIM | cmd::WRITE_ZEROES);
+        if changes && export.flags.has(TransmissionFlags::READ_ONLY) {
+            return Err((ErrorCode::Eperm, "the export is read-only"));
         }
+        let command = command_of(head, export.flags, agreed).map_err(|why| (ErrorCode::Einval, why))?;
+        let request = Self { cookie: head.cookie, command, offset: head.offset, len: head.length };
         if command == Command::Flush {
-            let empty = offset == 0 && len == 0;
-            return if empty { Ok(request) } else { refuse(ErrorCode::Einval, "FLUSH has no range") };
+            let empty = head.offset == 0 && head.length == 0;
+            return if empty { Ok(request) } else { Err((ErrorCode::Einval, "FLUSH has no range")) };
         }
-        if len == 0 {
-            return refuse(ErrorCode::Einval, "empty range");
-        }
-        let block = u64::from(export.block_size);
-        if !offset.is_multiple_of(block) || !u64::from(len).is_multiple_of(block) {
-            return refuse(ErrorCode::Einval, "not whole blocks");
-        }
-        if offset.checked_add(len.into()).is_none_or(|end| end > export.size) {
-            let writes = matches!(command, Command::Write { .. } | Command::WriteZeroes { .. });
-            return refuse(if writes { ErrorCode::Enospc } else { ErrorCode::Einval }, "past the end");
-        }
-        if command == Command::Read && len > export.max_payload {
-            return refuse(ErrorCode::Einval, "more data than one request may have");
+        request.fits(export)?;
+        if command == Command::Read && head.length > export.max_payload.into() {
+            let whole = head.flags & cmd_flag::DF != 0;
+            let error = if whole { ErrorCode::Eoverflow } else { ErrorCode::Einval };
+            return Err((error, "more data than one request may have"));
         }
         Ok(request)
     }
+
+    /// A range of whole blocks, inside.
+    fn fits(&self, export: &Export) -> Result<(), (ErrorCode, &'static str)> {
+        let (offset, len, block) = (self.offset, self.len, u64::from(export.block_size));
+        if len == 0 {
+            return Err((ErrorCode::Einval, "empty range"));
+        }
+        if !offset.is_multiple_of(block) || !len.is_multiple_of(block) {
+            return Err((ErrorCode::Einval, "not whole blocks"));
+        }
+        if offset.checked_add(len).is_none_or(|end| end > export.size) {
+            let writes = matches!(self.command, Command::Write { .. } | Command::WriteZeroes { .. });
+            return Err((if writes { ErrorCode::Enospc } else { ErrorCode::Einval }, "past the end"));
+        }
+        Ok(())
+    }
+}
+
+/// Most contexts that a `BLOCK_STATUS` payload may name; there is one to be named.
+const MAX_NAMED: usize = 64;
+/// Longest payload of a `BLOCK_STATUS` request, bytes; longer ones are refused unread.
+pub const MAX_STATUS_PAYLOAD: usize = 8 + 4 * MAX_NAMED;
+
+/// Whether `head` is a `BLOCK_STATUS` whose payload is to be looked at ([`Request::check_status`]).
+pub(crate) fn names_contexts(head: &Head, export: &Export, agreed: &Agreed) -> bool {
+    agreed.framing == Framing::Extended
+        && agreed.allocation
+        && head.command == cmd::BLOCK_STATUS
+        && export.flags.has(TransmissionFlags::BLOCK_STATUS_PAYLOAD)
+        && head.flags & cmd_flag::PAYLOAD_LEN != 0
+        && (1..=MAX_STATUS_PAYLOAD as u64).contains(&head.length)
+}
+
+impl Request {
+    /// Checks a `BLOCK_STATUS` that names its contexts: `payload` has the length of the range, and ids.
+    ///
+    /// # Errors
+    /// As [`Request::check`].
+    pub(crate) fn check_status(
+        head: &Head,
+        payload: &[u8],
+        export: &Export,
+        agreed: &Agreed,
+    ) -> Result<Self, Refusal> {
+        let refuse = |why| refusal(head, ErrorCode::Einval, why);
+        let (len, ids) = payload.split_first_chunk().ok_or_else(|| refuse("a payload without a length"))?;
+        let (ids, rest) = ids.as_chunks::<4>();
+        if !rest.is_empty() {
+            return Err(refuse("a payload that does not end with an id"));
+        }
+        if ids.iter().any(|id| u32::from_be_bytes(*id) != ALLOCATION_CONTEXT) {
+            return Err(refuse("an unknown metadata context"));
+        }
+        if ids.len() != 1 {
+            return Err(refuse("a payload must name each context once, and one at least"));
+        }
+        let flags = head.flags & !cmd_flag::PAYLOAD_LEN;
+        let plain = Head { flags, length: u64::from_be_bytes(*len), ..*head };
+        Self::check(&plain, export, agreed)
+    }
+}
+
+pub(crate) fn refusal(head: &Head, error: ErrorCode, why: &'static str) -> Refusal {
+    Refusal { cookie: head.cookie, offset: head.offset, error, why }
 }
 
 /// The command and its flags, if they were offered.
-fn command_of(header: &RequestHeader, offered: TransmissionFlags) -> Result<Command, &'static str> {
-    let flags = header.flags.get();
-    let has = |bit| flags & bit != 0;
-    let (command, needs, mut known) = match header.command.get() {
-        cmd::READ => (Command::Read, TransmissionFlags(0), 0),
+fn command_of(head: &Head, offered: TransmissionFlags, agreed: &Agreed) -> Result<Command, &'static str> {
+    let has = |bit| head.flags & bit != 0;
+    let if_offered = |flag, bit| if offered.has(flag) { bit } else { 0 };
+    let (command, needs, mut known) = match head.command {
+        cmd::READ => {
+            (Command::Read, TransmissionFlags(0), if_offered(TransmissionFlags::SEND_DF, cmd_flag::DF))
+        }
         cmd::WRITE => (Command::Write { fua: has(cmd_flag::FUA) }, TransmissionFlags(0), 0),
         // FUA means nothing to a flush, but clients have sent it.
         cmd::FLUSH => (Command::Flush, TransmissionFlags::SEND_FLUSH, 0),
@@ -176,20 +251,26 @@ fn command_of(header: &RequestHeader, offered: TransmissionFlags) -> Result<Comm
                 no_hole: has(cmd_flag::NO_HOLE),
                 fast: has(cmd_flag::FAST_ZERO),
             };
-            let fast = offered.has(TransmissionFlags::SEND_FAST_ZERO);
-            let known = cmd_flag::NO_HOLE | if fast { cmd_flag::FAST_ZERO } else { 0 };
-            (command, TransmissionFlags::SEND_WRITE_ZEROES, known)
+            let fast = if_offered(TransmissionFlags::SEND_FAST_ZERO, cmd_flag::FAST_ZERO);
+            (command, TransmissionFlags::SEND_WRITE_ZEROES, cmd_flag::NO_HOLE | fast)
         }
+        cmd::BLOCK_STATUS if agreed.allocation => {
+            (Command::BlockStatus { one: has(cmd_flag::REQ_ONE) }, TransmissionFlags(0), cmd_flag::REQ_ONE)
+        }
+        cmd::BLOCK_STATUS => return Err("no metadata context was selected"),
         _ => return Err("unknown command"),
     };
     if !offered.has(needs) {
         return Err("a command that was not offered");
     }
-    // "Clients may set FUA on all commands", once it was offered.
-    if offered.has(TransmissionFlags::SEND_FUA) {
-        known |= cmd_flag::FUA;
+    let payload = agreed.framing == Framing::Extended && head.command == cmd::WRITE;
+    if payload && !has(cmd_flag::PAYLOAD_LEN) {
+        return Err("WRITE without PAYLOAD_LEN has no data");
     }
-    if flags & !known != 0 {
+    known |= if payload { cmd_flag::PAYLOAD_LEN } else { 0 };
+    // "Clients may set FUA on all commands", once it was offered.
+    known |= if_offered(TransmissionFlags::SEND_FUA, cmd_flag::FUA);
+    if head.flags & !known != 0 {
         return Err("a flag that this command has not, or that was not offered");
     }
     Ok(command)
@@ -198,20 +279,15 @@ fn command_of(header: &RequestHeader, offered: TransmissionFlags) -> Result<Comm
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::REQUEST_MAGIC;
+    use crate::wire::{EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC};
 
     const ALL: TransmissionFlags = TransmissionFlags(0b1101_0111_1101);
+    const SIMPLE: Agreed = Agreed { framing: Framing::Simple, allocation: false };
+    const EXTENDED: Agreed = Agreed { framing: Framing::Extended, allocation: true };
     const EXPORT: Export = Export { size: 1 << 20, block_size: 512, max_payload: 65536, flags: ALL };
 
-    fn header(command: u16, flags: u16, offset: u64, length: u32) -> RequestHeader {
-        RequestHeader {
-            magic: REQUEST_MAGIC.into(),
-            flags: flags.into(),
-            command: command.into(),
-            cookie: 7.into(),
-            offset: offset.into(),
-            length: length.into(),
-        }
+    fn head(command: u16, flags: u16, offset: u64, length: u64) -> Head {
+        Head { magic: REQUEST_MAGIC, flags, command, cookie: 7, offset, length }
     }
 
     fn check(
@@ -219,10 +295,21 @@ mod tests {
         command: u16,
         flags: u16,
         offset: u64,
-        length: u32,
+        length: u64,
     ) -> Result<Request, ErrorCode> {
-        Request::check(&header(command, flags, offset, length), &export).map_err(|r| {
-            assert_eq!(r.cookie, 7);
+        check_as(export, SIMPLE, command, flags, offset, length)
+    }
+
+    fn check_as(
+        export: Export,
+        agreed: Agreed,
+        command: u16,
+        flags: u16,
+        offset: u64,
+        length: u64,
+    ) -> Result<Request, ErrorCode> {
+        Request::check(&head(command, flags, offset, length), &export, &agreed).map_err(|r| {
+            assert_eq!((r.cookie, r.offset), (7, offset));
             r.error
         })
     }
@@ -283,8 +370,10 @@ mod tests {
     #[test]
     fn changes_of_a_read_only_export_are_eperm() {
         let ro = Export { flags: ALL | TransmissionFlags::READ_ONLY, ..EXPORT };
+        let poor = Export { flags: TransmissionFlags::READ_ONLY, ..EXPORT };
         for command in [cmd::WRITE, cmd::TRIM, cmd::WRITE_ZEROES] {
             assert_eq!(check(ro, command, 0, 0, 512), Err(ErrorCode::Eperm));
+            assert_eq!(check(poor, command, 0, 0, 512), Err(ErrorCode::Eperm), "not offered, all the same");
         }
         assert!(check(ro, cmd::READ, 0, 0, 512).is_ok() && check(ro, cmd::FLUSH, 0, 0, 0).is_ok());
     }
@@ -316,5 +405,77 @@ mod tests {
         assert_eq!(check(EXPORT, cmd::READ, 0, 0, 65536 + 512), Err(ErrorCode::Einval));
         assert!(check(EXPORT, cmd::WRITE_ZEROES, 0, 0, 1 << 20).is_ok());
         assert!(check(EXPORT, cmd::TRIM, 0, 0, 1 << 20).is_ok());
+        let whole = Export { flags: ALL | TransmissionFlags::SEND_DF, ..EXPORT };
+        assert!(check(whole, cmd::READ, cmd_flag::DF, 0, 65536).is_ok());
+        assert_eq!(check(whole, cmd::READ, cmd_flag::DF, 0, 65536 + 512), Err(ErrorCode::Eoverflow));
+    }
+
+    #[test]
+    fn block_status_needs_a_context() {
+        let einval = Err(ErrorCode::Einval);
+        let structured = Agreed { framing: Framing::Structured, allocation: true };
+        let check =
+            |agreed, flags, offset, len| check_as(EXPORT, agreed, cmd::BLOCK_STATUS, flags, offset, len);
+        for one in [false, true] {
+            let flags = if one { cmd_flag::REQ_ONE } else { 0 };
+            let request = check(structured, flags, 512, 1 << 19).unwrap();
+            assert_eq!((request.command(), request.payload_len()), (Command::BlockStatus { one }, 0));
+        }
+        assert_eq!(check(Agreed { allocation: false, ..structured }, 0, 0, 512), einval);
+        assert_eq!(check(structured, cmd_flag::DF, 0, 512), einval);
+        assert_eq!(check(structured, 0, 0, 0), einval);
+        assert_eq!(check(structured, 0, 512, 1 << 20), einval);
+        assert_eq!(check(EXTENDED, cmd_flag::PAYLOAD_LEN, 0, 12), einval, "not offered");
+    }
+
+    #[test]
+    fn extended_lengths_have_64_bits() {
+        let huge = Export { size: 1 << 50, ..EXPORT };
+        for command in [cmd::TRIM, cmd::WRITE_ZEROES, cmd::CACHE, cmd::BLOCK_STATUS] {
+            let request = check_as(huge, EXTENDED, command, 0, 512, 1 << 49).unwrap();
+            assert_eq!((request.offset(), request.len(), request.data_len()), (512, 1 << 49, 0));
+        }
+        assert_eq!(check_as(huge, EXTENDED, cmd::READ, 0, 0, 1 << 32), Err(ErrorCode::Einval));
+        assert_eq!(check_as(huge, EXTENDED, cmd::TRIM, 0, 512, u64::MAX - 511), Err(ErrorCode::Einval));
+    }
+
+    #[test]
+    fn extended_payloads_are_flagged() {
+        let flag = cmd_flag::PAYLOAD_LEN;
+        assert!(check_as(EXPORT, EXTENDED, cmd::WRITE, flag, 0, 512).is_ok());
+        assert_eq!(check_as(EXPORT, EXTENDED, cmd::WRITE, 0, 0, 512), Err(ErrorCode::Einval));
+        for command in [cmd::READ, cmd::TRIM, cmd::FLUSH, cmd::WRITE_ZEROES, cmd::CACHE] {
+            assert_eq!(check_as(EXPORT, EXTENDED, command, flag, 0, 512), Err(ErrorCode::Einval));
+        }
+        assert_eq!(check(EXPORT, cmd::WRITE, flag, 0, 512), Err(ErrorCode::Einval), "a compact request");
+    }
+
+    #[test]
+    fn a_payload_names_contexts_once() {
+        let export = Export { flags: ALL | TransmissionFlags::BLOCK_STATUS_PAYLOAD, ..EXPORT };
+        let ask = |payload: &[u8]| {
+            let flags = cmd_flag::PAYLOAD_LEN | cmd_flag::REQ_ONE;
+            let head = Head { magic: EXTENDED_REQUEST_MAGIC, ..head(cmd::BLOCK_STATUS, flags, 512, 12) };
+            assert!(names_contexts(&head, &export, &EXTENDED));
+            Request::check_status(&head, payload, &export, &EXTENDED).map_err(|r| r.error)
+        };
+        let len = 1024u64.to_be_bytes();
+        let id = ALLOCATION_CONTEXT.to_be_bytes();
+        let request = ask(&[len.as_slice(), &id].concat()).unwrap();
+        assert_eq!((request.offset(), request.len()), (512, 1024));
+        assert_eq!(request.command(), Command::BlockStatus { one: true });
+        for bad in [
+            vec![],
+            len[1..].to_vec(),
+            len.to_vec(),
+            [len.as_slice(), &id, &id].concat(),
+            [len.as_slice(), &id, &[0]].concat(),
+            [len.as_slice(), &[0, 0, 0, 2]].concat(),
+            [len.as_slice(), &id, &[0, 0, 0, 2]].concat(),
+            [0u64.to_be_bytes().as_slice(), &id].concat(),
+            [u64::MAX.to_be_bytes().as_slice(), &id].concat(),
+        ] {
+            assert_eq!(ask(&bad), Err(ErrorCode::Einval), "{bad:?}");
+        }
     }
 }

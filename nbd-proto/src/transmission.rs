@@ -5,29 +5,35 @@
 //!  ┌────────┐ header refused, no payload ─▶ Event::Refused      ┌──────┐
 //!  │ Header │◀────────────────────────────────────────────      │ Done │
 //!  │        │──── WRITE ─▶ Payload{left} ── all there ─▶ Event::Request
-//!  │        │──── refused WRITE ─▶ Discard{left} ── all there ─▶ Event::Refused
+//!  │        │──── BLOCK_STATUS with contexts ─▶ Parameters{left} ── all there ─▶ Event::Request or Refused
+//!  │        │──── refused, with payload ─▶ Discard{left} ── all there ─▶ Event::Refused
 //!  └────────┘──── DISC ─▶ Event::Disconnect ─────────────────▶  └──────┘
 //! ```
 //!
-//! The order of calls: ask [`Transmission::want`]; give a whole header to [`Transmission::header`], or say with
-//! [`Transmission::payload`] how many bytes of the payload were read. What is answered when, and in which order, is the
-//! server's own business.
+//! The order of calls: ask [`Transmission::want`]; give a whole header to [`Transmission::header`], parameters to
+//! [`Transmission::parameters`], or say with [`Transmission::payload`] how many bytes of the payload were read. What is
+//! answered when, and in which order, is the server's own business.
 
-use crate::request::{Export, Refusal, Request};
-use crate::wire::{REQUEST_LEN, REQUEST_MAGIC, RequestHeader, cmd};
-use zerocopy::FromBytes;
+use crate::framing::{Agreed, Head};
+use crate::request::{Export, MAX_STATUS_PAYLOAD, Refusal, Request, names_contexts};
+use crate::wire::cmd;
 
 /// The client broke the protocol in a way after which nobody can say where the next request begins: close.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Violation {
     /// Not a request.
-    #[error("a request begins with {0:#010x} instead of {REQUEST_MAGIC:#010x}")]
-    Magic(u32),
+    #[error("a request begins with {found:#010x} instead of {right:#010x}")]
+    Magic {
+        /// As it came.
+        found: u32,
+        /// As agreed.
+        right: u32,
+    },
     /// The payload would have to be read only to be thrown away.
-    #[error("a WRITE of {len} bytes, at most {max} are taken")]
+    #[error("a request with {len} bytes of data, at most {max} are taken")]
     PayloadTooLong {
         /// As announced.
-        len: u32,
+        len: u64,
         /// As agreed.
         max: u32,
     },
@@ -36,11 +42,16 @@ pub enum Violation {
 /// Whose bytes come next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Want {
-    /// [`REQUEST_LEN`] bytes of a header.
+    /// [`Transmission::header_len`] bytes of a header.
     Header,
     /// The rest of the payload of [`Transmission::writing`], `left` bytes.
     Payload {
         /// Bytes.
+        left: u32,
+    },
+    /// The rest of a payload that is looked at here, `left` bytes: [`Transmission::parameters`].
+    Parameters {
+        /// Bytes, at most [`MAX_STATUS_PAYLOAD`].
         left: u32,
     },
     /// The rest of a payload that nobody wants, `left` bytes.
@@ -69,6 +80,7 @@ pub enum Event {
 enum State {
     Header,
     Payload { request: Request, left: u32 },
+    Parameters { head: Head, left: u32 },
     Discard { refusal: Refusal, left: u32 },
     Done,
 }
@@ -77,18 +89,36 @@ enum State {
 #[derive(Clone, Debug)]
 pub struct Transmission {
     export: Export,
+    agreed: Agreed,
     state: State,
+    /// Of the present request, what came of them.
+    parameters: [u8; MAX_STATUS_PAYLOAD],
 }
 
 impl Transmission {
-    /// A connection whose next byte is the first of a request for `export`.
+    /// A connection whose next byte is the first of a request for `export`, in the simple framing.
     pub fn new(export: Export) -> Self {
-        Self { export, state: State::Header }
+        Self::with(export, Agreed::default())
+    }
+
+    /// A connection whose next byte is the first of a request for `export`.
+    pub fn with(export: Export, agreed: Agreed) -> Self {
+        Self { export, agreed, state: State::Header, parameters: [0; MAX_STATUS_PAYLOAD] }
     }
 
     /// What requests are checked against.
     pub fn export(&self) -> &Export {
         &self.export
+    }
+
+    /// What was agreed upon besides it.
+    pub fn agreed(&self) -> &Agreed {
+        &self.agreed
+    }
+
+    /// Bytes of a header.
+    pub fn header_len(&self) -> usize {
+        self.agreed.framing.request_len()
     }
 
     /// The export's size changed, bytes; later requests are checked against it.
@@ -101,6 +131,7 @@ impl Transmission {
         match self.state {
             State::Header => Want::Header,
             State::Payload { left, .. } => Want::Payload { left },
+            State::Parameters { left, .. } => Want::Parameters { left },
             State::Discard { left, .. } => Want::Discard { left },
             State::Done => Want::Nothing,
         }
@@ -114,39 +145,74 @@ impl Transmission {
         }
     }
 
-    /// Takes the header that [`Want::Header`] asked for. `None`: a payload comes first.
+    /// Takes the header that [`Want::Header`] asked for, [`Transmission::header_len`] bytes. `None`: a payload comes
+    /// first.
     ///
     /// # Errors
     /// [`Violation`]: close the connection, answer nothing more.
     ///
     /// # Panics
-    /// If no header is wanted.
-    pub fn header(&mut self, bytes: &[u8; REQUEST_LEN]) -> Result<Option<Event>, Violation> {
+    /// If no header is wanted, or `bytes` are not as long as one.
+    pub fn header(&mut self, bytes: &[u8]) -> Result<Option<Event>, Violation> {
         assert!(matches!(self.state, State::Header), "no header is wanted in {:?}", self.state);
-        let header = RequestHeader::ref_from_bytes(bytes).expect("as long as a header, and unaligned");
-        if header.magic.get() != REQUEST_MAGIC {
-            return Err(Violation::Magic(header.magic.get()));
+        let framing = self.agreed.framing;
+        let head = framing.head(bytes).expect("as long as a header");
+        if head.magic != framing.request_magic() {
+            return Err(Violation::Magic { found: head.magic, right: framing.request_magic() });
         }
-        let (command, len) = (header.command.get(), header.length.get());
-        if command == cmd::DISC {
+        // The framing of 1997 has no such thing.
+        if head.command == cmd::DISC && !framing.is_original() {
             self.state = State::Done;
             return Ok(Some(Event::Disconnect));
         }
-        if command == cmd::WRITE && len > self.export.max_payload {
+        let len = framing.payload_len(&head);
+        if len > self.export.max_payload.into() {
             return Err(Violation::PayloadTooLong { len, max: self.export.max_payload });
         }
-        match Request::check(header, &self.export) {
-            Ok(request) if request.payload_len() > 0 => {
-                self.state = State::Payload { request, left: len };
-                Ok(Some(Event::Writing(request)))
-            }
-            Ok(request) => Ok(Some(Event::Request(request))),
-            Err(refusal) if command == cmd::WRITE && len > 0 => {
-                self.state = State::Discard { refusal, left: len };
-                Ok(None)
-            }
-            Err(refusal) => Ok(Some(Event::Refused(refusal))),
+        Ok(self.request(head, len as u32))
+    }
+
+    /// A request with `payload` bytes behind its header.
+    fn request(&mut self, head: Head, payload: u32) -> Option<Event> {
+        if names_contexts(&head, &self.export, &self.agreed) {
+            self.state = State::Parameters { head, left: payload };
+            return None;
         }
+        match Request::check(&head, &self.export, &self.agreed) {
+            Ok(request) if request.payload_len() > 0 => {
+                self.state = State::Payload { request, left: payload };
+                Some(Event::Writing(request))
+            }
+            Ok(request) => Some(Event::Request(request)),
+            Err(refusal) if payload > 0 => {
+                self.state = State::Discard { refusal, left: payload };
+                None
+            }
+            Err(refusal) => Some(Event::Refused(refusal)),
+        }
+    }
+
+    /// Takes some of the bytes that [`Want::Parameters`] asked for. The event, if they were the last.
+    ///
+    /// # Panics
+    /// If fewer bytes are wanted.
+    pub fn parameters(&mut self, bytes: &[u8]) -> Option<Event> {
+        let State::Parameters { head, left } = &mut self.state else {
+            panic!("no parameters are wanted in {:?}", self.state)
+        };
+        let (head, total) = (*head, head.length as usize);
+        let at = total - *left as usize;
+        self.parameters[at..at + bytes.len()].copy_from_slice(bytes);
+        *left = left.checked_sub(bytes.len() as u32).expect("at most as many bytes as are wanted");
+        if *left > 0 {
+            return None;
+        }
+        self.state = State::Header;
+        let payload = &self.parameters[..total];
+        Some(match Request::check_status(&head, payload, &self.export, &self.agreed) {
+            Ok(request) => Event::Request(request),
+            Err(refusal) => Event::Refused(refusal),
+        })
     }
 
     /// `len` more bytes of the payload that [`Want::Payload`] or [`Want::Discard`] asked for were read. The event, if
@@ -158,7 +224,9 @@ impl Transmission {
         let (left, event) = match &mut self.state {
             State::Payload { request, left } => (left, Event::Request(*request)),
             State::Discard { refusal, left } => (left, Event::Refused(*refusal)),
-            State::Header | State::Done => panic!("no payload is wanted in {:?}", self.state),
+            State::Header | State::Parameters { .. } | State::Done => {
+                panic!("no payload is wanted in {:?}", self.state)
+            }
         };
         *left = left.checked_sub(len).expect("at most as many bytes as are wanted");
         if *left > 0 {
@@ -172,8 +240,12 @@ impl Transmission {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::framing::{ALLOCATION_CONTEXT, Framing};
     use crate::request::Command;
-    use crate::wire::{ErrorCode, TransmissionFlags};
+    use crate::wire::{
+        ErrorCode, ExtendedRequest, ORIGINAL_REPLY_MAGIC, REQUEST_LEN, REQUEST_MAGIC, RequestHeader,
+        TransmissionFlags, cmd_flag,
+    };
     use zerocopy::IntoBytes;
 
     fn machine() -> Transmission {
@@ -239,7 +311,10 @@ mod tests {
 
     #[test]
     fn what_cannot_be_trusted_closes() {
-        assert_eq!(machine().header(&[0; REQUEST_LEN]), Err(Violation::Magic(0)));
+        assert_eq!(
+            machine().header(&[0; REQUEST_LEN]),
+            Err(Violation::Magic { found: 0, right: REQUEST_MAGIC })
+        );
         let too_long = machine().header(&header(cmd::WRITE, 1, 0, 65537));
         assert_eq!(too_long, Err(Violation::PayloadTooLong { len: 65537, max: 65536 }));
     }
@@ -251,5 +326,93 @@ mod tests {
         assert!(matches!(m.header(&header(cmd::READ, 1, 1024, 512)), Ok(Some(Event::Refused(_)))));
         m.resize(2048);
         assert!(matches!(m.header(&header(cmd::READ, 1, 1024, 512)), Ok(Some(Event::Request(_)))));
+    }
+
+    fn extended(command: u16, flags: u16, offset: u64, length: u64) -> Vec<u8> {
+        let header = ExtendedRequest {
+            magic: crate::wire::EXTENDED_REQUEST_MAGIC.into(),
+            flags: flags.into(),
+            command: command.into(),
+            cookie: 5.into(),
+            offset: offset.into(),
+            length: length.into(),
+        };
+        header.as_bytes().to_vec()
+    }
+
+    fn extended_machine() -> Transmission {
+        let flags = TransmissionFlags::HAS_FLAGS | TransmissionFlags::BLOCK_STATUS_PAYLOAD;
+        let export = Export { size: 1 << 40, block_size: 512, max_payload: 65536, flags };
+        Transmission::with(export, Agreed { framing: Framing::Extended, allocation: true })
+    }
+
+    #[test]
+    fn block_status_takes_its_contexts_in_any_pieces() {
+        let payload = [(1u64 << 35).to_be_bytes().as_slice(), &ALLOCATION_CONTEXT.to_be_bytes()].concat();
+        for piece in 1..=12 {
+            let mut m = extended_machine();
+            let header = extended(cmd::BLOCK_STATUS, cmd_flag::PAYLOAD_LEN, 1024, 12);
+            assert_eq!(m.header(&header), Ok(None));
+            assert_eq!(m.want(), Want::Parameters { left: 12 });
+            let mut event = None;
+            for bytes in payload.chunks(piece) {
+                assert_eq!(event, None);
+                event = m.parameters(bytes);
+            }
+            let Some(Event::Request(r)) = event else { panic!("{event:?}") };
+            assert_eq!((r.offset(), r.len(), m.want()), (1024, 1 << 35, Want::Header));
+        }
+    }
+
+    #[test]
+    fn unwanted_payloads_are_passed_over() {
+        for (command, len) in [(cmd::READ, 512), (cmd::TRIM, 1), (cmd::BLOCK_STATUS, 65536), (99, 7)] {
+            let mut m = extended_machine();
+            assert_eq!(m.header(&extended(command, cmd_flag::PAYLOAD_LEN, 0, len)), Ok(None));
+            assert_eq!(m.want(), Want::Discard { left: len as u32 });
+            let Some(Event::Refused(refusal)) = m.payload(len as u32) else { panic!() };
+            assert_eq!((refusal.cookie, refusal.error, m.want()), (5, ErrorCode::Einval, Want::Header));
+        }
+        let mut m = extended_machine();
+        // "a (nonzero) payload length": nothing follows.
+        let empty = m.header(&extended(cmd::BLOCK_STATUS, cmd_flag::PAYLOAD_LEN, 0, 0)).unwrap();
+        assert!(matches!(empty, Some(Event::Refused(_))));
+        let unflagged = m.header(&extended(cmd::WRITE, 0, 0, 512)).unwrap();
+        assert!(matches!(unflagged, Some(Event::Refused(r)) if r.error == ErrorCode::Einval));
+        let too_long = m.header(&extended(99, cmd_flag::PAYLOAD_LEN, 0, 1 << 40));
+        assert_eq!(too_long, Err(Violation::PayloadTooLong { len: 1 << 40, max: 65536 }));
+    }
+
+    /// Byte by byte as the seed of 1997 has it.
+    #[test]
+    fn the_framing_of_1997() {
+        let export =
+            Export { size: 1 << 32, block_size: 512, max_payload: 65536, flags: TransmissionFlags(0) };
+        let framing = Framing::Original { reply_magic: ORIGINAL_REPLY_MAGIC };
+        let mut m = Transmission::with(export, Agreed { framing, allocation: false });
+        assert_eq!(m.header_len(), 24);
+        let mut request = |bytes: &[u8; 24]| m.header(bytes).map(|e| (e, m.want()));
+        // The first and the last block of 4 GiB.
+        let first = b"\x12\x56\x09\x53\0\0\0\0\0\0\x04\0handle01\0\0\0\0";
+        let Ok((Some(Event::Request(r)), Want::Header)) = request(first) else { panic!() };
+        assert_eq!((r.command(), r.offset(), r.len()), (Command::Read, 0, 1024));
+        assert_eq!(r.cookie(), u64::from_be_bytes(*b"handle01"));
+        let last = b"\x12\x56\x09\x53\xff\xff\xfc\0\0\0\x04\0handle02\0\0\0\x01";
+        let Ok((Some(Event::Writing(r)), Want::Payload { left: 1024 })) = request(last) else { panic!() };
+        assert_eq!((r.offset(), r.offset() + r.len()), (0xffff_fc00, 1 << 32));
+        assert!(matches!(m.payload(1024), Some(Event::Request(_))));
+        // One block further there is nothing, and the sum does not wrap.
+        let mut request = |bytes: &[u8; 24]| m.header(bytes).unwrap();
+        let past = b"\x12\x56\x09\x53\xff\xff\xfe\0\0\0\x04\0handle03\0\0\0\0";
+        assert!(matches!(request(past), Some(Event::Refused(r)) if r.error == ErrorCode::Einval));
+        // What came later is unknown, and leaves the connection as it is.
+        for kind in [2, 3, 4, 0x1_0001u32] {
+            let mut bytes = *first;
+            bytes[20..].copy_from_slice(&kind.to_be_bytes());
+            assert!(matches!(request(&bytes), Some(Event::Refused(r)) if r.error == ErrorCode::Einval));
+        }
+        let mut modern = *first;
+        modern[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
+        assert!(matches!(m.header(&modern), Err(Violation::Magic { found: REQUEST_MAGIC, .. })));
     }
 }

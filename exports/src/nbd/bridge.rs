@@ -38,14 +38,15 @@ pub(super) fn io_request(incoming: &mut Incoming, shift: u32) -> Option<IoReques
         Command::WriteZeroes { fua, no_hole, .. } => {
             (Op::WriteZeroes, flag(fua, Flags::FUA) | flag(no_hole, Flags::NO_UNMAP))
         }
-        Command::Cache => return None,
+        // Not offered.
+        Command::Cache | Command::BlockStatus { .. } => return None,
     };
     Some(IoRequest {
         op,
         flags,
         // The connection checked that both are whole blocks.
         lba: incoming.request.offset() >> shift,
-        blocks: u64::from(incoming.request.len()) >> shift,
+        blocks: incoming.request.len() >> shift,
         segments: std::mem::take(&mut incoming.segments),
         cookie: incoming.id.0.into(),
     })

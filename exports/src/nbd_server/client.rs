@@ -6,10 +6,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bdev::Descriptor;
-use nbd_poll::{Buffers, Connection, End, Incoming};
+use nbd_poll::{Buffers, Connection, End, Incoming, RequestId};
 use nbd_proto::request::Command;
 
+use nbd_proto::framing::Agreed;
+
 use super::fence::{Fence, Raised};
+use super::question::{Answer, Questions};
 
 /// How long a client may take to read its last answers.
 const LINGER: Duration = Duration::from_secs(5);
@@ -28,6 +31,8 @@ pub(super) struct NewClient {
     pub(super) fence: Fence,
     /// What its requests are checked against.
     pub(super) limits: nbd_proto::request::Export,
+    /// How it speaks.
+    pub(super) agreed: Agreed,
     pub(super) stats: Arc<Stats>,
 }
 
@@ -49,7 +54,7 @@ fn add(counter: &AtomicU64, n: u64) {
 
 impl Stats {
     pub(super) fn count(&self, incoming: &Incoming) {
-        let len = u64::from(incoming.request.len());
+        let len = incoming.request.len();
         match incoming.request.command() {
             Command::Read => {
                 add(&self.read_ops, 1);
@@ -75,6 +80,7 @@ pub(super) struct Client {
     /// Place of its disk in the lane.
     pub(super) disk: usize,
     pub(super) stats: Arc<Stats>,
+    pub(super) questions: Questions,
     /// It is asked every turn.
     pub(super) hot: bool,
     quiet_turns: u32,
@@ -88,12 +94,13 @@ pub(super) struct Client {
 
 impl Client {
     pub(super) fn new(new: NewClient, disk: usize, buffers: Buffers) -> std::io::Result<Self> {
-        let connection = Connection::new(new.socket, new.limits, buffers)?;
+        let connection = Connection::with(new.socket, new.limits, new.agreed, buffers)?;
         Ok(Self {
             id: new.id,
             connection,
             disk,
             stats: new.stats,
+            questions: Questions::default(),
             hot: false,
             quiet_turns: 0,
             size: new.limits.size,
@@ -110,6 +117,15 @@ impl Client {
         }
         self.quiet_turns = 0;
         true
+    }
+
+    /// Answers the question that was the next.
+    pub(super) fn answered(&mut self, request: RequestId, answer: &Answer) {
+        self.questions.answered();
+        match answer {
+            Answer::Runs(runs) => self.connection.reply_status(request, runs),
+            Answer::Done => self.connection.reply(request, Ok(())),
+        }
     }
 
     /// Holds up others while requests are in flight that nobody waits for any more.

@@ -34,6 +34,8 @@ pub(super) struct Disk {
     /// Number of the export.
     pub(super) export: u64,
     pub(super) channel: IoChannel,
+    /// For what the channel does not answer.
+    pub(super) descriptor: Descriptor,
     /// Connections.
     pub(super) users: u32,
     shift: u32,
@@ -45,12 +47,24 @@ impl Disk {
     pub(super) fn new(export: u64, descriptor: &Descriptor) -> Result<Self, bdev::ChannelError> {
         let channel = descriptor.channel()?;
         let shift = channel.info().block_size.trailing_zeros();
-        Ok(Self { export, channel, users: 0, shift, waiting: VecDeque::new() })
+        Ok(Self {
+            export,
+            channel,
+            descriptor: descriptor.clone(),
+            users: 0,
+            shift,
+            waiting: VecDeque::new(),
+        })
     }
 
     /// Size now, bytes.
     pub(super) fn size(&self) -> u64 {
         self.channel.blocks() << self.shift
+    }
+
+    /// Bytes of a block are 2 to the power of this.
+    pub(super) fn shift(&self) -> u32 {
+        self.shift
     }
 
     /// Takes a request; `Err` is its answer.
@@ -112,19 +126,19 @@ impl Disk {
             Command::Write { fua: f } => (Op::Write, fua(f), 0),
             Command::Flush => return Ok(bare(Op::Flush, tag.cookie())),
             Command::Trim { fua } => (Op::Discard, Flags::NONE, if fua { THEN_FLUSH } else { 0 }),
-            // `fast` was not offered.
-            Command::WriteZeroes { fua: f, no_hole, fast: _ } => {
+            Command::WriteZeroes { fua: f, no_hole, fast } => {
                 let unmap = if no_hole { Flags::NO_UNMAP } else { Flags::NONE };
-                (Op::WriteZeroes, fua(f) | unmap, 0)
+                let fast = if fast { Flags::FAST } else { Flags::NONE };
+                (Op::WriteZeroes, fua(f) | unmap | fast, 0)
             }
-            // Not offered.
-            Command::Cache => return Err(ErrorCode::Enotsup),
+            // These are questions.
+            Command::Cache | Command::BlockStatus { .. } => return Err(ErrorCode::Enotsup),
         };
         Ok(IoRequest {
             op,
             flags,
             lba: incoming.request.offset() >> self.shift,
-            blocks: u64::from(incoming.request.len()) >> self.shift,
+            blocks: incoming.request.len() >> self.shift,
             segments: incoming.segments,
             cookie: tag.cookie() | then,
         })

@@ -55,7 +55,8 @@ impl Export {
             size: self.size(),
             block_size: info.block_size,
             max_payload: MAX_PAYLOAD,
-            flags: flags(info, self.refuses_writes()),
+            flags: flags(info, self.refuses_writes())
+                .with_if(TransmissionFlags::SEND_CACHE, self.descriptor.bdev().prefetches()),
         }
     }
 
@@ -81,6 +82,7 @@ fn flags(info: &Info, read_only: bool) -> TransmissionFlags {
         .with_if(TransmissionFlags::SEND_FUA, !read_only)
         .with_if(TransmissionFlags::SEND_TRIM, discards)
         .with_if(TransmissionFlags::SEND_WRITE_ZEROES, !read_only)
+        .with_if(TransmissionFlags::SEND_FAST_ZERO, info.native.has(Op::WriteZeroes) && !read_only)
 }
 
 /// A bdev's physical block may be of any size; what clients are told stays below their usual limits.
@@ -226,10 +228,11 @@ mod tests {
     fn flags_say_what_the_bdev_can() {
         let all = exports(&["a"]);
         let info = all.get("a").unwrap().descriptor.info().clone();
-        assert_eq!(flags(&info, false).0, 0b1_0110_1101);
+        assert_eq!(flags(&info, false).0, 0b1001_0110_1101);
         assert_eq!(flags(&info, true).0, 0b1_0000_0111);
         let plain = Info { native: bdev::OpSet::of(&[Op::Read, Op::Write]), ..info.clone() };
         assert!(!flags(&plain, false).has(TransmissionFlags::SEND_TRIM));
+        assert!(!flags(&plain, false).has(TransmissionFlags::SEND_FAST_ZERO));
         for (block_size, physical_block_size) in [(512, 512), (512, 1 << 30), (65536, 65536), (4096, 8192)] {
             let sizes = block_sizes(&Info { block_size, physical_block_size, ..info.clone() });
             assert!(sizes.are_legal(), "{sizes:?}");

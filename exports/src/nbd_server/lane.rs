@@ -18,6 +18,7 @@ use rustix::event::{Timespec, epoll};
 
 use super::client::{Client, NewClient};
 use super::disk::{Disk, Tag};
+use super::question::{Answer, Question};
 use super::server::Server;
 
 /// Turns with traffic between two looks at quiet connections.
@@ -33,6 +34,8 @@ pub(super) struct Lane {
     base: Option<Base>,
     registry: Arc<Registry>,
     control: Handle,
+    /// Of this lane.
+    reactor: Handle,
     turns: u32,
     incoming: Vec<Incoming>,
     done: Completions,
@@ -51,7 +54,7 @@ struct LanePoller(Rc<RefCell<Lane>>);
 
 impl Lane {
     /// Sets up the lane of the reactor of `cx`.
-    pub(super) fn install(cx: &mut Turn<'_>, control: Handle, registry: Arc<Registry>) {
+    pub(super) fn install(cx: &mut Turn<'_>, reactor: Handle, control: Handle, registry: Arc<Registry>) {
         let lane = Rc::new(RefCell::new(Self {
             disks: Vec::new(),
             clients: Vec::new(),
@@ -59,6 +62,7 @@ impl Lane {
             base: None,
             registry,
             control,
+            reactor,
             turns: 0,
             incoming: Vec::with_capacity(64),
             done: Vec::with_capacity(256),
@@ -232,13 +236,44 @@ impl Lane {
         let moved = client.receive(&mut self.incoming);
         for incoming in self.incoming.drain(..) {
             client.stats.count(&incoming);
+            if let Some(question) = Question::of(&incoming, disk.shift()) {
+                client.questions.push(question);
+                continue;
+            }
             let id = incoming.id;
             if let Err(error) = disk.submit(place, incoming) {
                 client.stats.count_error();
                 client.connection.reply(id, Err(error));
             }
         }
+        self.ask(place);
         moved
+    }
+
+    /// Takes the next questions of a client to the control thread, or answers them where that would know no more.
+    fn ask(&mut self, place: u32) {
+        let Some(client) = self.clients.get_mut(place as usize).and_then(Option::as_mut) else { return };
+        let Some(disk) = self.disks[client.disk].as_ref() else { return };
+        while let Some(question) = client.questions.next() {
+            if question.is_worth_asking(&disk.descriptor) {
+                let (descriptor, reactor, id) = (disk.descriptor.clone(), self.reactor.clone(), client.id);
+                return self.control.send(move |_| {
+                    let answer = question.ask(&descriptor);
+                    Self::send(&reactor, move |lane, _| lane.answered(place, id, question, &answer));
+                });
+            }
+            client.answered(question.request, &question.plain(disk.shift()));
+        }
+    }
+
+    /// The control thread has answered a question of client `id`.
+    fn answered(&mut self, place: u32, id: u64, question: Question, answer: &Answer) {
+        // After an abort there may be nobody there, or somebody else.
+        let found = self.clients.get_mut(place as usize).and_then(Option::as_mut).filter(|c| c.id == id);
+        let Some(client) = found else { return };
+        client.answered(question.request, answer);
+        self.heat(place);
+        self.ask(place);
     }
 
     /// Kicks a disk and takes its completions to their clients.

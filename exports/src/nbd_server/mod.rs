@@ -19,6 +19,7 @@ mod fence;
 mod lane;
 mod limit;
 mod methods;
+mod question;
 mod server;
 mod subsystem;
 

@@ -148,7 +148,8 @@ impl Server {
         let this = server.borrow();
         for reactor in &this.reactors {
             let (control, registry) = (this.control.clone(), this.manager.registry().clone());
-            reactor.send(move |cx| Lane::install(cx, control, registry));
+            let this = reactor.clone();
+            reactor.send(move |cx| Lane::install(cx, this, control, registry));
         }
     }
 
@@ -413,6 +414,7 @@ impl Server {
                 flags: accepted.chosen.flags,
                 ..export.limits()
             },
+            agreed: accepted.chosen.agreed,
             stats: stats.clone(),
         };
         let id = self.take_id();

@@ -217,7 +217,8 @@ impl Acceptor {
             Some(Outcome::Transmission(chosen)) => {
                 Event::Accepted(Accepted { socket: handshake.socket, peer, chosen })
             }
-            Some(Outcome::Aborted) | None => Event::Left(peer),
+            // TLS is off, so nobody gets as far as that.
+            Some(Outcome::Aborted | Outcome::StartTls) | None => Event::Left(peer),
         });
     }
 

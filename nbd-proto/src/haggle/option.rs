@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::wire::{MAX_STRING, info, opt, rep};
+use super::wire::{BASE_ALLOCATION, MAX_STRING, info, opt, rep};
 
 /// What a client asks for. Borrowed from its bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +17,16 @@ pub enum OptionRequest<'a> {
     Info(InfoRequest<'a>),
     /// This export.
     Go(InfoRequest<'a>),
+    /// TLS from here on.
+    StartTls,
+    /// Replies in chunks.
+    StructuredReply,
+    /// 64-bit lengths, and replies in chunks.
+    ExtendedHeaders,
+    /// Which metadata contexts an export has.
+    ListMetaContext(MetaRequest<'a>),
+    /// Which of them are wanted.
+    SetMetaContext(MetaRequest<'a>),
     /// Known to nobody here: withdrawn, unknown, or not implemented. Its data was not looked at.
     Other(u32),
 }
@@ -28,6 +38,19 @@ pub struct InfoRequest<'a> {
     pub name: &'a str,
     /// Information asked for. EXPORT is always given, unknown types are ignored.
     pub wanted: Wanted,
+}
+
+/// Data of LIST_META_CONTEXT and SET_META_CONTEXT: what the queries have to do with `base:allocation`, the only context.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MetaRequest<'a> {
+    /// The export; empty for the default one.
+    pub name: &'a str,
+    /// Queries.
+    pub queries: u32,
+    /// `base:allocation` is one of them.
+    pub allocation: bool,
+    /// `base:`, all of that name space, is one of them.
+    pub base: bool,
 }
 
 /// Set of information types that a client asked for.
@@ -48,12 +71,21 @@ pub enum Malformed {
     UnexpectedData(usize),
     /// Shorter than its fixed fields, bytes.
     TooShort(usize),
-    /// The length of the name leaves no room for the rest.
-    NameLength {
+    /// The length of a string leaves no room for the rest.
+    StringLength {
         /// As stated.
         len: u32,
         /// Bytes that the data has for it.
         room: usize,
+    },
+    /// A query that does not begin with a name space and a colon.
+    NoNamespace,
+    /// Fewer queries than stated, or bytes behind the last.
+    QueryCount {
+        /// As stated.
+        count: u32,
+        /// Bytes too many; 0 if queries are missing.
+        bytes: usize,
     },
     /// Longer than [`MAX_STRING`], bytes.
     NameTooLong(usize),
@@ -84,15 +116,20 @@ impl fmt::Display for Malformed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::UnexpectedData(len) => write!(f, "{len} bytes of data where there must be none"),
-            Self::TooShort(len) => write!(f, "{len} bytes of data, at least 6 are needed"),
-            Self::NameLength { len, room } => {
-                write!(f, "an export name of {len} bytes in data with room for {room}")
+            Self::TooShort(len) => write!(f, "{len} bytes of data are too few for this option"),
+            Self::StringLength { len, room } => {
+                write!(f, "a name or query of {len} bytes in data with room for {room}")
             }
+            Self::NoNamespace => {
+                f.write_str("a query without a name space; base:allocation would be one with it")
+            }
+            Self::QueryCount { count, bytes: 0 } => write!(f, "fewer than the {count} queries announced"),
+            Self::QueryCount { count, bytes } => write!(f, "{bytes} bytes behind {count} queries"),
             Self::NameTooLong(len) => {
-                write!(f, "an export name of {len} bytes; at most {MAX_STRING} are possible")
+                write!(f, "a name or query of {len} bytes; at most {MAX_STRING} are possible")
             }
-            Self::NotUtf8 => f.write_str("the export name is not UTF-8"),
-            Self::Nul => f.write_str("the export name contains a NUL byte"),
+            Self::NotUtf8 => f.write_str("a name or query that is not UTF-8"),
+            Self::Nul => f.write_str("a name or query with a NUL byte"),
             Self::InfoCount { count, bytes } => {
                 write!(f, "{count} information requests in {bytes} bytes; each has 2")
             }
@@ -113,7 +150,11 @@ impl<'a> OptionRequest<'a> {
             opt::LIST => no_data(data).map(|()| Self::List),
             opt::INFO => InfoRequest::parse(data).map(Self::Info),
             opt::GO => InfoRequest::parse(data).map(Self::Go),
-            opt::STRUCTURED_REPLY | opt::STARTTLS => no_data(data).map(|()| Self::Other(option)),
+            opt::STARTTLS => no_data(data).map(|()| Self::StartTls),
+            opt::STRUCTURED_REPLY => no_data(data).map(|()| Self::StructuredReply),
+            opt::EXTENDED_HEADERS => no_data(data).map(|()| Self::ExtendedHeaders),
+            opt::LIST_META_CONTEXT => MetaRequest::parse(data).map(Self::ListMetaContext),
+            opt::SET_META_CONTEXT => MetaRequest::parse(data).map(Self::SetMetaContext),
             _ => Ok(Self::Other(option)),
         }
     }
@@ -126,7 +167,7 @@ impl<'a> InfoRequest<'a> {
         let len = u32::from_be_bytes(*len);
         let room = rest.len().checked_sub(2).ok_or(Malformed::TooShort(data.len()))?;
         if len as usize > room {
-            return Err(Malformed::NameLength { len, room });
+            return Err(Malformed::StringLength { len, room });
         }
         let (bytes, rest) = rest.split_at(len as usize);
         let (count, types) = rest.split_first_chunk::<2>().ok_or(Malformed::TooShort(data.len()))?;
@@ -136,6 +177,42 @@ impl<'a> InfoRequest<'a> {
         }
         Ok(Self { name: name(bytes)?, wanted: Wanted::of(types) })
     }
+}
+
+impl<'a> MetaRequest<'a> {
+    /// `u32` length of the name, name, `u32` count, as many queries: `u32` length, query.
+    fn parse(data: &'a [u8]) -> Result<Self, Malformed> {
+        let (bytes, rest) = string(data, data.len())?;
+        let (count, mut rest) = rest.split_first_chunk::<4>().ok_or(Malformed::TooShort(data.len()))?;
+        let count = u32::from_be_bytes(*count);
+        let mut request = Self { name: name(bytes)?, queries: count, allocation: false, base: false };
+        // Every query takes four bytes at least, so this ends with the data whatever the count says.
+        for _ in 0..count {
+            if rest.is_empty() {
+                return Err(Malformed::QueryCount { count, bytes: 0 });
+            }
+            let (query, behind) = string(rest, data.len())?;
+            request.query(name(query)?)?;
+            rest = behind;
+        }
+        if rest.is_empty() { Ok(request) } else { Err(Malformed::QueryCount { count, bytes: rest.len() }) }
+    }
+
+    fn query(&mut self, query: &str) -> Result<(), Malformed> {
+        if !query.contains(':') {
+            return Err(Malformed::NoNamespace);
+        }
+        self.allocation |= query == BASE_ALLOCATION;
+        self.base |= query == "base:";
+        Ok(())
+    }
+}
+
+/// A string behind its `u32` length, and what follows. `total`: bytes of the option, for the error.
+fn string(data: &[u8], total: usize) -> Result<(&[u8], &[u8]), Malformed> {
+    let (len, rest) = data.split_first_chunk::<4>().ok_or(Malformed::TooShort(total))?;
+    let len = u32::from_be_bytes(*len);
+    rest.split_at_checked(len as usize).ok_or(Malformed::StringLength { len, room: rest.len() })
 }
 
 impl Wanted {
@@ -178,6 +255,17 @@ mod tests {
         data
     }
 
+    fn meta_data(name: &[u8], count: u32, queries: &[&str]) -> Vec<u8> {
+        let mut data = (name.len() as u32).to_be_bytes().to_vec();
+        data.extend_from_slice(name);
+        data.extend_from_slice(&count.to_be_bytes());
+        for query in queries {
+            data.extend_from_slice(&(query.len() as u32).to_be_bytes());
+            data.extend_from_slice(query.as_bytes());
+        }
+        data
+    }
+
     #[test]
     fn well_formed() {
         use OptionRequest::*;
@@ -190,13 +278,23 @@ mod tests {
         assert_eq!(OptionRequest::parse(opt::EXPORT_NAME, "dísk".as_bytes()), Ok(ExportName("dísk")));
         assert_eq!(OptionRequest::parse(opt::ABORT, b"why"), Ok(Abort));
         assert_eq!(OptionRequest::parse(opt::LIST, b""), Ok(List));
-        for option in [opt::STARTTLS, opt::STRUCTURED_REPLY, opt::EXTENDED_HEADERS, opt::PEEK_EXPORT, 77] {
-            assert_eq!(OptionRequest::parse(option, b""), Ok(Other(option)));
+        assert_eq!(OptionRequest::parse(opt::STARTTLS, b""), Ok(StartTls));
+        assert_eq!(OptionRequest::parse(opt::STRUCTURED_REPLY, b""), Ok(StructuredReply));
+        assert_eq!(OptionRequest::parse(opt::EXTENDED_HEADERS, b""), Ok(ExtendedHeaders));
+        for option in [opt::PEEK_EXPORT, 77] {
+            assert_eq!(OptionRequest::parse(option, b"anything"), Ok(Other(option)));
         }
-        assert_eq!(
-            OptionRequest::parse(opt::SET_META_CONTEXT, b"anything"),
-            Ok(Other(opt::SET_META_CONTEXT))
-        );
+        let meta = |queries, allocation, base| MetaRequest { name: "disk", queries, allocation, base };
+        for (queries, right) in [
+            (&[] as &[&str], meta(0, false, false)),
+            (&["base:allocation"], meta(1, true, false)),
+            (&["base:", "x-other:", "base:allocation", "base:allocation"], meta(4, true, true)),
+            (&["base:allocations", ":", "qemu:dirty-bitmap:b0"], meta(3, false, false)),
+        ] {
+            let data = meta_data(b"disk", queries.len() as u32, queries);
+            assert_eq!(OptionRequest::parse(opt::LIST_META_CONTEXT, &data), Ok(ListMetaContext(right)));
+            assert_eq!(OptionRequest::parse(opt::SET_META_CONTEXT, &data), Ok(SetMetaContext(right)));
+        }
         let longest = "x".repeat(MAX_STRING);
         assert_eq!(OptionRequest::parse(opt::EXPORT_NAME, longest.as_bytes()), Ok(ExportName(&longest)));
     }
@@ -212,8 +310,31 @@ mod tests {
             (opt::INFO, vec![], TooShort(0)),
             (opt::GO, vec![0; 3], TooShort(3)),
             (opt::GO, vec![0; 5], TooShort(5)),
-            (opt::GO, info_data(5, b"disk", 0, &[]), NameLength { len: 5, room: 4 }),
-            (opt::GO, info_data(u32::MAX, b"disk", 0, &[]), NameLength { len: u32::MAX, room: 4 }),
+            (opt::GO, info_data(5, b"disk", 0, &[]), StringLength { len: 5, room: 4 }),
+            (opt::GO, info_data(u32::MAX, b"disk", 0, &[]), StringLength { len: u32::MAX, room: 4 }),
+            (opt::EXTENDED_HEADERS, vec![0; 4], UnexpectedData(4)),
+            (opt::SET_META_CONTEXT, vec![], TooShort(0)),
+            (opt::SET_META_CONTEXT, vec![0; 3], TooShort(3)),
+            (opt::SET_META_CONTEXT, vec![0; 7], TooShort(7)),
+            (opt::LIST_META_CONTEXT, vec![0, 0, 0, 9, 1], StringLength { len: 9, room: 1 }),
+            (opt::LIST_META_CONTEXT, meta_data(b"\xff", 0, &[]), NotUtf8),
+            (opt::LIST_META_CONTEXT, meta_data(b"", 1, &["a:\0"]), Nul),
+            (opt::SET_META_CONTEXT, meta_data(b"", 1, &["base"]), NoNamespace),
+            (opt::SET_META_CONTEXT, meta_data(b"", 1, &[""]), NoNamespace),
+            (opt::SET_META_CONTEXT, meta_data(b"", 2, &["a:b"]), QueryCount { count: 2, bytes: 0 }),
+            (
+                opt::SET_META_CONTEXT,
+                meta_data(b"", u32::MAX, &["a:b"]),
+                QueryCount { count: u32::MAX, bytes: 0 },
+            ),
+            (opt::SET_META_CONTEXT, meta_data(b"", 0, &["a:b"]), QueryCount { count: 0, bytes: 7 }),
+            (
+                opt::SET_META_CONTEXT,
+                vec![0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 5, b':'],
+                StringLength { len: 5, room: 1 },
+            ),
+            (opt::SET_META_CONTEXT, vec![0, 0, 0, 0, 0, 0, 0, 1, 0, 0], TooShort(10)),
+            (opt::SET_META_CONTEXT, meta_data(&long, 0, &[]), NameTooLong(MAX_STRING + 1)),
             // One byte is missing from the name, so its first two bytes of the count are read one too early.
             (opt::INFO, info_data(3, b"disk", 0, &[]), InfoCount { count: 0x6b00, bytes: 1 }),
             (opt::GO, info_data(4, b"disk", 2, &[3]), InfoCount { count: 2, bytes: 2 }),

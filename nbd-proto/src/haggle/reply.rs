@@ -5,9 +5,10 @@ use zerocopy::IntoBytes;
 use super::catalog::Export;
 use super::option::Wanted;
 use super::wire::{
-    EXPORT_NAME_ZEROES, ExportNameReply, InfoBlockSize, InfoExport, OPTION_REPLY_MAGIC, ReplyHeader, info,
-    rep,
+    BASE_ALLOCATION, EXPORT_NAME_ZEROES, ExportNameReply, InfoBlockSize, InfoExport, OPTION_REPLY_MAGIC,
+    ReplyHeader, info, rep,
 };
+use crate::framing::ALLOCATION_CONTEXT;
 
 /// Longest text of an error reply, bytes. The protocol has room for more; a person has not.
 const MAX_TEXT: usize = 1024;
@@ -39,6 +40,12 @@ impl Replies<'_> {
     pub(super) fn error(&mut self, kind: u32, text: &str) {
         let end = text.floor_char_boundary(MAX_TEXT);
         self.reply(kind, &[&text.as_bytes()[..end]]);
+    }
+
+    /// `base:allocation`, as selected or as one that could be.
+    pub(super) fn allocation(&mut self, selected: bool) {
+        let id = if selected { ALLOCATION_CONTEXT } else { 0 };
+        self.reply(rep::META_CONTEXT, &[&id.to_be_bytes(), BASE_ALLOCATION.as_bytes()]);
     }
 
     /// One line of LIST.

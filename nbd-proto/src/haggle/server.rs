@@ -5,18 +5,19 @@
 //! [`ServerHaggle::handle_input`]. A client that does not read its replies gets no further option looked at, so that
 //! what is kept for it stays below [`MAX_OUTPUT`].
 
-use std::fmt;
-
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::catalog::{BlockSizes, Catalog, Export, Refusal};
-use super::option::{InfoRequest, OptionRequest};
+use super::option::{InfoRequest, MetaRequest, OptionRequest};
 use super::reply::Replies;
+use super::settings::{Chosen, Error, Outcome, Settings, Style, Tls};
 use super::wire::{
-    ClientFlags, FLAG_C_FIXED_NEWSTYLE, FLAG_C_NO_ZEROES, FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, Greeting,
-    IHAVEOPT, MAX_STRING, NBDMAGIC, OptionHeader, opt, option_name, rep,
+    ClientFlags, EXPORT_NAME_ZEROES, FLAG_C_FIXED_NEWSTYLE, FLAG_C_NO_ZEROES, FLAG_FIXED_NEWSTYLE,
+    FLAG_NO_ZEROES, Greeting, IHAVEOPT, MAX_STRING, NBDMAGIC, OLDSTYLE_MAGIC, OldGreeting, OptionHeader, opt,
+    option_name, rep,
 };
-use crate::wire::TransmissionFlags;
+use crate::framing::{Agreed, Framing};
+use crate::wire::{ORIGINAL_MAX_SIZE, TransmissionFlags};
 
 /// Longest data of an option that is looked at: a name, and more information requests than there are types.
 pub const MAX_OPTION_DATA: usize = MAX_STRING + 1024;
@@ -31,98 +32,6 @@ pub const MAX_OUTPUT: usize = LIST_PIECE + 2 * MAX_STRING + 256;
 /// A list goes out in pieces of this many bytes and one line.
 const LIST_PIECE: usize = 16 << 10;
 
-/// How the server introduces itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Settings {
-    /// Offer fixed newstyle. Without it a client can only choose by EXPORT_NAME.
-    pub fixed_newstyle: bool,
-    /// Offer to leave out the reserved zeroes after EXPORT_NAME.
-    pub no_zeroes: bool,
-    /// Answer LIST; otherwise a client must know the name of its export.
-    pub list: bool,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self { fixed_newstyle: true, no_zeroes: true, list: true }
-    }
-}
-
-/// The end of a handshake. Nothing is left to be sent.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// Input that was not used is the first of the transmission phase.
-    Transmission(Chosen),
-    /// The client sent ABORT: close.
-    Aborted,
-}
-
-/// What was agreed upon.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Chosen {
-    /// [`Export::id`].
-    pub export: u64,
-    /// As told to the client.
-    pub flags: TransmissionFlags,
-    /// As told to the client, bytes.
-    pub size: u64,
-    /// How the client chose: [`opt::GO`] or [`opt::EXPORT_NAME`].
-    pub option: u32,
-    /// The client was told the block sizes and must respect them.
-    pub knows_sizes: bool,
-}
-
-/// Why a connection is closed without an answer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Error {
-    /// Client flags that nobody offered.
-    ClientFlags(u32),
-    /// No option starts like this.
-    Magic(u64),
-    /// A client that is not fixed newstyle may only send EXPORT_NAME.
-    NotFixed {
-        /// As sent.
-        option: u32,
-    },
-    /// Too much to skip.
-    TooLong {
-        /// As sent.
-        option: u32,
-        /// Bytes of data.
-        len: u32,
-    },
-    /// More than [`MAX_OPTIONS`].
-    TooManyOptions,
-    /// EXPORT_NAME for nothing that can be had: the name, and why.
-    ExportName(String, String),
-}
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::ClientFlags(flags) => {
-                write!(f, "client flags {flags:#x} contain some that were not offered")
-            }
-            Self::Magic(word) => {
-                write!(f, "{word:#018x} where an option begins with IHAVEOPT: no NBD client")
-            }
-            Self::NotFixed { option } => {
-                let name = option_name(*option);
-                write!(
-                    f,
-                    "{name} ({option}) from a client without fixed newstyle, which has EXPORT_NAME only"
-                )
-            }
-            Self::TooLong { option, len } => write!(f, "{} ({option}) of {len} bytes", option_name(*option)),
-            Self::TooManyOptions => write!(f, "more than {MAX_OPTIONS} options"),
-            Self::ExportName(name, why) => write!(f, "EXPORT_NAME for '{}': {why}", shown(name)),
-        }
-    }
-}
-
-impl std::error::Error for Error {}
-
 /// One handshake.
 #[derive(Debug)]
 pub struct ServerHaggle {
@@ -130,6 +39,12 @@ pub struct ServerHaggle {
     state: State,
     client: u32,
     options: u32,
+    /// Inside TLS.
+    encrypted: bool,
+    structured: bool,
+    extended: bool,
+    /// The export of which `base:allocation` was selected.
+    allocation: Option<u64>,
     /// To be sent from `sent` on.
     out: Vec<u8>,
     sent: usize,
@@ -138,6 +53,8 @@ pub struct ServerHaggle {
 
 #[derive(Clone, Debug)]
 enum State {
+    /// The client has nothing to say; the export is looked up first.
+    Begin,
     /// Greeted; the client's flags are next.
     ClientFlags,
     /// An option is next.
@@ -154,16 +71,23 @@ impl ServerHaggle {
     pub fn new(settings: Settings) -> Self {
         let mut haggle = Self {
             settings,
-            state: State::ClientFlags,
+            state: State::Begin,
             client: 0,
             options: 0,
+            encrypted: false,
+            structured: false,
+            extended: false,
+            allocation: None,
             out: Vec::new(),
             sent: 0,
             stopping: false,
         };
-        let greeting =
-            Greeting { magic: NBDMAGIC.into(), style: IHAVEOPT.into(), flags: haggle.flags().into() };
-        haggle.out.extend_from_slice(greeting.as_bytes());
+        if settings.style == Style::Newstyle {
+            let greeting =
+                Greeting { magic: NBDMAGIC.into(), style: IHAVEOPT.into(), flags: haggle.flags().into() };
+            haggle.out.extend_from_slice(greeting.as_bytes());
+            haggle.state = State::ClientFlags;
+        }
         haggle
     }
 
@@ -196,6 +120,15 @@ impl ServerHaggle {
         }
     }
 
+    /// TLS is established: the options begin anew, and nothing is left of what was agreed before.
+    pub fn encrypted(&mut self) {
+        if matches!(self.state, State::Ended(Outcome::StartTls)) {
+            (self.structured, self.extended, self.allocation) = (false, false, None);
+            self.encrypted = true;
+            self.state = State::Options;
+        }
+    }
+
     /// The server is about to end: every option but ABORT is refused from now on.
     pub fn stop(&mut self) {
         self.stopping = true;
@@ -216,7 +149,7 @@ impl ServerHaggle {
                 _ => size_of::<OptionHeader>(),
             },
             State::Skipping(left) => (*left as usize).min(MAX_INPUT),
-            State::Listing(_) | State::Ended(_) => 0,
+            State::Begin | State::Listing(_) | State::Ended(_) => 0,
         };
         whole.saturating_sub(input.len())
     }
@@ -233,6 +166,7 @@ impl ServerHaggle {
             return Ok(0);
         }
         match &mut self.state {
+            State::Begin => self.begin(catalog).map(|()| 0),
             State::ClientFlags => self.client_flags(input),
             State::Options => self.option(input, catalog),
             State::Skipping(left) => {
@@ -250,6 +184,34 @@ impl ServerHaggle {
             }
             State::Ended(_) => Ok(0),
         }
+    }
+
+    /// The handshake of those who do not haggle.
+    fn begin(&mut self, catalog: &dyn Catalog) -> Result<(), Error> {
+        if self.stopping {
+            return Err(Error::NoExport("the server is about to end".into()));
+        }
+        let export = catalog.find("").map_err(|refusal| Error::NoExport(refusal_text("", refusal).1))?;
+        if let Style::Original { reply_magic } = self.settings.style {
+            if export.size > ORIGINAL_MAX_SIZE {
+                return Err(Error::TooLarge { size: export.size });
+            }
+            // READ and WRITE are all there is.
+            let flags = TransmissionFlags(export.flags.0 & TransmissionFlags::READ_ONLY.0);
+            self.end(0, &Export { flags, ..export }, false, Framing::Original { reply_magic });
+            return Ok(());
+        }
+        let greeting = OldGreeting {
+            magic: NBDMAGIC.into(),
+            style: OLDSTYLE_MAGIC.into(),
+            size: export.size.into(),
+            global_flags: 0.into(),
+            flags: export.flags.0.into(),
+            zeroes: [0; EXPORT_NAME_ZEROES],
+        };
+        self.out.extend_from_slice(greeting.as_bytes());
+        self.end(0, &export, false, Framing::Simple);
+        Ok(())
     }
 
     fn client_flags(&mut self, input: &[u8]) -> Result<usize, Error> {
@@ -307,6 +269,17 @@ impl ServerHaggle {
             self.replies(option).error(rep::ERR_SHUTDOWN, "the server is about to end");
             return Ok(());
         }
+        if self.settings.tls == Tls::Require
+            && !self.encrypted
+            && option != opt::ABORT
+            && option != opt::STARTTLS
+        {
+            if option == opt::EXPORT_NAME {
+                return Err(Error::ExportName(String::new(), "this server requires TLS".into()));
+            }
+            self.replies(option).error(rep::ERR_TLS_REQD, "this server requires TLS: send STARTTLS first");
+            return Ok(());
+        }
         match OptionRequest::parse(option, data) {
             Ok(OptionRequest::ExportName(name)) => return self.export_name(name, catalog),
             Ok(OptionRequest::Abort) => {
@@ -320,22 +293,95 @@ impl ServerHaggle {
             Ok(OptionRequest::Info(request) | OptionRequest::Go(request)) => {
                 self.info(option, &request, catalog);
             }
-            Ok(OptionRequest::Other(option)) => {
+            Ok(OptionRequest::StartTls) => self.start_tls(),
+            Ok(OptionRequest::StructuredReply) => self.structured_reply(),
+            Ok(OptionRequest::ExtendedHeaders) if self.settings.extended => {
+                self.extended = true;
+                self.replies(option).ack();
+            }
+            Ok(OptionRequest::ListMetaContext(request) | OptionRequest::SetMetaContext(request))
+                if self.settings.structured || self.settings.extended =>
+            {
+                self.meta_context(option, &request, catalog);
+            }
+            Ok(_) => {
                 let text = format!("{} ({option}) is not supported here", option_name(option));
                 self.replies(option).error(rep::ERR_UNSUP, &text);
             }
             Err(bad) if option == opt::EXPORT_NAME => {
                 return Err(Error::ExportName(String::from_utf8_lossy(data).into(), bad.to_string()));
             }
-            Err(bad) => self.replies(option).error(bad.reply(), &bad.to_string()),
+            Err(bad) => {
+                // "replaces all previously-set metadata contexts (including when this command fails)"
+                if option == opt::SET_META_CONTEXT {
+                    self.allocation = None;
+                }
+                self.replies(option).error(bad.reply(), &bad.to_string());
+            }
         }
         Ok(())
+    }
+
+    fn start_tls(&mut self) {
+        if self.settings.tls == Tls::Off {
+            return self.replies(opt::STARTTLS).error(rep::ERR_UNSUP, "there is no TLS here");
+        }
+        if self.encrypted {
+            return self.replies(opt::STARTTLS).error(rep::ERR_INVALID, "this is TLS already");
+        }
+        self.replies(opt::STARTTLS).ack();
+        self.state = State::Ended(Outcome::StartTls);
+    }
+
+    fn structured_reply(&mut self) {
+        if self.extended {
+            let text = "extended headers were agreed upon, which take the place of structured replies";
+            return self.replies(opt::STRUCTURED_REPLY).error(rep::ERR_EXT_HEADER_REQD, text);
+        }
+        if !self.settings.structured {
+            return self
+                .replies(opt::STRUCTURED_REPLY)
+                .error(rep::ERR_UNSUP, "there are simple replies only");
+        }
+        self.structured = true;
+        self.replies(opt::STRUCTURED_REPLY).ack();
+    }
+
+    fn meta_context(&mut self, option: u32, request: &MetaRequest<'_>, catalog: &dyn Catalog) {
+        let sets = option == opt::SET_META_CONTEXT;
+        if sets {
+            self.allocation = None;
+        }
+        if !self.structured && !self.extended {
+            let text = "metadata contexts need structured replies or extended headers first";
+            return self.replies(option).error(rep::ERR_INVALID, text);
+        }
+        let export = match catalog.find(request.name) {
+            Ok(export) => export,
+            Err(refusal) => {
+                let (kind, text) = refusal_text(request.name, refusal);
+                return self.replies(option).error(kind, &text);
+            }
+        };
+        let found = request.allocation || (!sets && (request.base || request.queries == 0));
+        if sets && found {
+            self.allocation = Some(export.id);
+        }
+        let mut replies = self.replies(option);
+        if found {
+            replies.allocation(sets);
+        }
+        replies.ack();
     }
 
     fn export_name(&mut self, name: &str, catalog: &dyn Catalog) -> Result<(), Error> {
         let export = catalog
             .find(name)
             .map_err(|refusal| Error::ExportName(name.into(), refusal_text(name, refusal).1))?;
+        if self.extended {
+            return Err(Error::ExportName(name.into(), "after EXTENDED_HEADERS only GO is right".into()));
+        }
+        let export = self.told(export);
         let zeroes = self.client & FLAG_C_NO_ZEROES == 0;
         self.replies(opt::EXPORT_NAME).export_name(&export, zeroes);
         self.choose(opt::EXPORT_NAME, &export, false);
@@ -343,14 +389,15 @@ impl ServerHaggle {
     }
 
     fn info(&mut self, option: u32, request: &InfoRequest<'_>, catalog: &dyn Catalog) {
-        let mut replies = self.replies(option);
         let export = match catalog.find(request.name) {
             Ok(export) => export,
             Err(refusal) => {
                 let (kind, text) = refusal_text(request.name, refusal);
-                return replies.error(kind, &text);
+                return self.replies(option).error(kind, &text);
             }
         };
+        let export = self.told(export);
+        let mut replies = self.replies(option);
         let knows_sizes = request.wanted.block_size;
         if !knows_sizes && export.sizes.minimum > BlockSizes::UNTOLD_MINIMUM {
             // Told all the same, so that a client that looks at it need not ask again.
@@ -368,9 +415,36 @@ impl ServerHaggle {
         }
     }
 
+    /// The export with the flags that depend on what was agreed upon.
+    fn told<'a>(&self, export: Export<'a>) -> Export<'a> {
+        let chunks = self.structured || self.extended;
+        let filter = self.extended && self.allocation == Some(export.id);
+        let flags = export
+            .flags
+            .with_if(TransmissionFlags::SEND_DF, chunks)
+            .with_if(TransmissionFlags::BLOCK_STATUS_PAYLOAD, filter);
+        Export { flags, ..export }
+    }
+
     fn choose(&mut self, option: u32, export: &Export<'_>, knows_sizes: bool) {
-        let chosen =
-            Chosen { export: export.id, flags: export.flags, size: export.size, option, knows_sizes };
+        let framing = match (self.extended, self.structured) {
+            (true, _) => Framing::Extended,
+            (_, true) => Framing::Structured,
+            _ => Framing::Simple,
+        };
+        self.end(option, export, knows_sizes, framing);
+    }
+
+    fn end(&mut self, option: u32, export: &Export<'_>, knows_sizes: bool, framing: Framing) {
+        let allocation = self.allocation == Some(export.id);
+        let chosen = Chosen {
+            export: export.id,
+            flags: export.flags,
+            size: export.size,
+            option,
+            agreed: Agreed { framing, allocation },
+            knows_sizes,
+        };
         self.state = State::Ended(Outcome::Transmission(chosen));
     }
 
@@ -406,7 +480,7 @@ fn refusal_text(name: &str, refusal: Refusal) -> (u32, String) {
 }
 
 /// A name from a client as it may appear in texts: printable, and not endless.
-fn shown(name: &str) -> String {
+pub(super) fn shown(name: &str) -> String {
     let end = name.floor_char_boundary(256);
     let dots = if end < name.len() { "…" } else { "" };
     format!("{}{dots}", name[..end].escape_debug())

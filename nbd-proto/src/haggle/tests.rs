@@ -7,7 +7,8 @@ use zerocopy::{FromBytes, IntoBytes};
 
 use super::wire::*;
 use super::*;
-use crate::wire::TransmissionFlags;
+use crate::framing::{Agreed, Framing};
+use crate::wire::{ORIGINAL_REPLY_MAGIC, TransmissionFlags};
 
 const FLAGS: TransmissionFlags = TransmissionFlags(0x16d);
 const SIZES: BlockSizes = BlockSizes { minimum: 512, preferred: 4096, max_payload: 32 << 20 };
@@ -113,6 +114,17 @@ fn info_data(name: &str, types: &[u16]) -> Vec<u8> {
     data
 }
 
+fn meta_data(name: &str, queries: &[&str]) -> Vec<u8> {
+    let mut data = (name.len() as u32).to_be_bytes().to_vec();
+    data.extend_from_slice(name.as_bytes());
+    data.extend_from_slice(&(queries.len() as u32).to_be_bytes());
+    for query in queries {
+        data.extend_from_slice(&(query.len() as u32).to_be_bytes());
+        data.extend_from_slice(query.as_bytes());
+    }
+    data
+}
+
 #[derive(Debug, PartialEq, Eq)]
 struct Reply {
     option: u32,
@@ -148,7 +160,7 @@ fn the_greeting_says_what_is_offered() {
     for (fixed_newstyle, no_zeroes, flags) in
         [(true, true, 3), (true, false, 1), (false, true, 2), (false, false, 0)]
     {
-        let mut talk = Talk::new(Settings { fixed_newstyle, no_zeroes, list: true });
+        let mut talk = Talk::new(Settings { fixed_newstyle, no_zeroes, ..Settings::default() });
         assert_eq!(talk.drain(), [b"NBDMAGICIHAVEOPT".as_slice(), &[0, flags]].concat());
         assert_eq!(talk.drain(), b"");
     }
@@ -209,7 +221,14 @@ fn golden_list_and_go() {
     ]
     .concat();
     assert_eq!(said, golden);
-    let right = Chosen { export: 4, flags: FLAGS, size: 1 << 20, option: opt::GO, knows_sizes: true };
+    let right = Chosen {
+        export: 4,
+        flags: FLAGS,
+        size: 1 << 20,
+        option: opt::GO,
+        agreed: Agreed::default(),
+        knows_sizes: true,
+    };
     assert_eq!(*chosen(&talk), right);
 }
 
@@ -259,13 +278,13 @@ fn export_name_has_no_answer_for_what_is_not_there() {
 fn refused_options_leave_the_connection_usable() {
     let mut talk = Talk::started(Settings::default(), FIXED);
     let cases: &[(u32, Vec<u8>, u32)] = &[
-        (opt::STRUCTURED_REPLY, vec![], rep::ERR_UNSUP),
         (opt::STRUCTURED_REPLY, vec![1], rep::ERR_INVALID),
+        (opt::EXTENDED_HEADERS, vec![1], rep::ERR_INVALID),
         (opt::STARTTLS, vec![], rep::ERR_UNSUP),
         (opt::STARTTLS, vec![1], rep::ERR_INVALID),
-        (opt::EXTENDED_HEADERS, vec![], rep::ERR_UNSUP),
-        (opt::LIST_META_CONTEXT, info_data("disk", &[]), rep::ERR_UNSUP),
-        (opt::SET_META_CONTEXT, vec![0; 900], rep::ERR_UNSUP),
+        (opt::LIST_META_CONTEXT, meta_data("disk", &[]), rep::ERR_INVALID),
+        (opt::SET_META_CONTEXT, meta_data("disk", &["base:allocation"]), rep::ERR_INVALID),
+        (opt::SET_META_CONTEXT, vec![0; 900], rep::ERR_INVALID),
         (opt::PEEK_EXPORT, b"disk".to_vec(), rep::ERR_UNSUP),
         (0, vec![], rep::ERR_UNSUP),
         (u32::MAX, vec![7; 100], rep::ERR_UNSUP),
@@ -405,6 +424,199 @@ fn bytes_behind_the_choice_are_left() {
     assert_eq!(talk.haggle.handle_input(b"\x25\x60\x95\x13", &talk.shelf), Ok(0));
 }
 
+/// Options that need each other, and what they make of the transmission.
+#[test]
+fn chunks_and_contexts_are_agreed_upon() {
+    let go = |talk: &mut Talk| {
+        let replies = talk.option(opt::GO, &info_data("disk", &[])).unwrap();
+        let told = u16::from_be_bytes([replies[0].data[10], replies[0].data[11]]);
+        assert_eq!(told, chosen(talk).flags.0);
+        (chosen(talk).agreed, TransmissionFlags(told ^ FLAGS.0))
+    };
+    let none = TransmissionFlags(0);
+    let (df, payload) = (TransmissionFlags::SEND_DF, TransmissionFlags::BLOCK_STATUS_PAYLOAD);
+    let all = ["base:allocation"];
+    let cases: &[(&[u32], &str, &[&str], Framing, bool, TransmissionFlags)] = &[
+        (&[], "disk", &[], Framing::Simple, false, none),
+        (&[opt::STRUCTURED_REPLY], "disk", &all, Framing::Structured, true, df),
+        (&[opt::STRUCTURED_REPLY], "", &all, Framing::Structured, true, df),
+        (&[opt::STRUCTURED_REPLY], "large", &all, Framing::Structured, false, df),
+        (&[opt::STRUCTURED_REPLY], "disk", &["base:", "x:y"], Framing::Structured, false, df),
+        (&[opt::EXTENDED_HEADERS], "disk", &all, Framing::Extended, true, df | payload),
+        (&[opt::EXTENDED_HEADERS], "large", &all, Framing::Extended, false, df),
+        (
+            &[opt::STRUCTURED_REPLY, opt::EXTENDED_HEADERS],
+            "disk",
+            &all,
+            Framing::Extended,
+            true,
+            df | payload,
+        ),
+    ];
+    for (options, name, queries, framing, allocation, flags) in cases {
+        let mut talk = Talk::started(Settings::default(), FIXED);
+        for option in *options {
+            assert_eq!(kinds(&talk.option(*option, b"").unwrap()), [rep::ACK]);
+        }
+        if !queries.is_empty() {
+            let replies = talk.option(opt::SET_META_CONTEXT, &meta_data(name, queries)).unwrap();
+            assert_eq!(replies.last().unwrap().kind, rep::ACK);
+            let found = queries.contains(&"base:allocation");
+            assert_eq!(replies.len(), if found { 2 } else { 1 });
+            if found {
+                assert_eq!(replies[0].data, [b"\0\0\0\x01".as_slice(), b"base:allocation"].concat());
+            }
+        }
+        assert_eq!(
+            go(&mut talk),
+            (Agreed { framing: *framing, allocation: *allocation }, *flags),
+            "{options:?}"
+        );
+    }
+}
+
+#[test]
+fn contexts_are_listed_and_the_last_set_counts() {
+    let mut talk = Talk::started(Settings::default(), FIXED);
+    talk.option(opt::STRUCTURED_REPLY, b"").unwrap();
+    for (queries, found) in
+        [(&[] as &[&str], true), (&["base:"], true), (&["base:allocation"], true), (&["base:x", "y:"], false)]
+    {
+        let replies = talk.option(opt::LIST_META_CONTEXT, &meta_data("disk", queries)).unwrap();
+        assert_eq!(kinds(&replies), if found { vec![rep::META_CONTEXT, rep::ACK] } else { vec![rep::ACK] });
+        assert!(!found || replies[0].data == b"\0\0\0\0base:allocation");
+    }
+    let set = meta_data("disk", &["base:allocation"]);
+    // A failure unsets, too, whatever kind it is of.
+    for (data, kind) in [
+        (meta_data("gone", &["base:allocation"]), rep::ERR_UNKNOWN),
+        (meta_data("closed", &[]), rep::ERR_POLICY),
+        (meta_data("disk", &["base"]), rep::ERR_INVALID),
+        (meta_data("disk", &[]), rep::ACK),
+    ] {
+        let mut talk = Talk::started(Settings::default(), FIXED);
+        talk.option(opt::STRUCTURED_REPLY, b"").unwrap();
+        talk.option(opt::SET_META_CONTEXT, &set).unwrap();
+        assert_eq!(kinds(&talk.option(opt::SET_META_CONTEXT, &data).unwrap()), [kind]);
+        talk.option(opt::GO, &info_data("disk", &[])).unwrap();
+        assert!(!chosen(&talk).agreed.allocation);
+    }
+}
+
+#[test]
+fn extended_headers_take_precedence() {
+    let mut talk = Talk::started(Settings::default(), FIXED);
+    talk.option(opt::EXTENDED_HEADERS, b"").unwrap();
+    assert_eq!(kinds(&talk.option(opt::STRUCTURED_REPLY, b"").unwrap()), [rep::ERR_EXT_HEADER_REQD]);
+    assert_eq!(kinds(&talk.option(opt::EXTENDED_HEADERS, b"").unwrap()), [rep::ACK]);
+    assert!(
+        matches!(talk.option(opt::EXPORT_NAME, b"disk"), Err(Error::ExportName(_, why)) if why.contains("GO"))
+    );
+    // EXPORT_NAME goes well with structured replies.
+    let mut talk = Talk::started(Settings::default(), FIXED);
+    talk.option(opt::STRUCTURED_REPLY, b"").unwrap();
+    let said = talk.send(&request(opt::EXPORT_NAME, b"disk")).unwrap();
+    assert_eq!(said[8..], (FLAGS | TransmissionFlags::SEND_DF).0.to_be_bytes());
+    assert_eq!(chosen(&talk).agreed.framing, Framing::Structured);
+    // And a server may offer less.
+    for (structured, extended) in [(false, false), (true, false), (false, true)] {
+        let mut talk = Talk::started(Settings { structured, extended, ..Settings::default() }, FIXED);
+        let mut says = |option| kinds(&talk.option(option, b"").unwrap());
+        let answer = |offered| [if offered { rep::ACK } else { rep::ERR_UNSUP }];
+        assert_eq!(says(opt::STRUCTURED_REPLY), answer(structured));
+        assert_eq!(says(opt::EXTENDED_HEADERS), answer(extended));
+    }
+}
+
+#[test]
+fn tls_begins_anew() {
+    let allow = Settings { tls: Tls::Allow, ..Settings::default() };
+    let mut talk = Talk::started(allow, FIXED);
+    talk.option(opt::EXTENDED_HEADERS, b"").unwrap();
+    talk.option(opt::SET_META_CONTEXT, &meta_data("disk", &["base:allocation"])).unwrap();
+    // What comes behind STARTTLS is not looked at.
+    let stream = [request(opt::STARTTLS, b""), request(opt::GO, &info_data("disk", &[]))].concat();
+    assert_eq!(kinds(&parse(&talk.send(&stream).unwrap())), [rep::ACK]);
+    assert_eq!(talk.haggle.outcome(), Some(&Outcome::StartTls));
+    assert_eq!(talk.haggle.missing(b""), 0);
+    talk.haggle.encrypted();
+    assert_eq!(talk.haggle.outcome(), None);
+    assert_eq!(kinds(&talk.option(opt::STARTTLS, b"").unwrap()), [rep::ERR_INVALID]);
+    talk.option(opt::GO, &info_data("disk", &[])).unwrap();
+    assert_eq!((chosen(&talk).agreed, chosen(&talk).flags), (Agreed::default(), FLAGS));
+    // It can be done without, and cannot be had everywhere.
+    let mut talk = Talk::started(allow, FIXED);
+    talk.option(opt::GO, &info_data("disk", &[])).unwrap();
+    assert!(talk.haggle.outcome().is_some());
+}
+
+#[test]
+fn where_tls_is_required_nothing_else_is_answered() {
+    let require = Settings { tls: Tls::Require, ..Settings::default() };
+    let mut talk = Talk::started(require, FIXED);
+    for option in (3..12).chain([99]).filter(|o| *o != opt::STARTTLS) {
+        assert_eq!(kinds(&talk.option(option, b"\xff").unwrap()), [rep::ERR_TLS_REQD], "{option}");
+    }
+    assert_eq!(kinds(&talk.option(opt::STARTTLS, b"x").unwrap()), [rep::ERR_INVALID]);
+    assert_eq!(kinds(&talk.option(opt::STARTTLS, b"").unwrap()), [rep::ACK]);
+    talk.haggle.encrypted();
+    assert_eq!(kinds(&talk.option(opt::INFO, &info_data("disk", &[])).unwrap()), [rep::INFO, rep::ACK]);
+    let mut talk = Talk::started(require, FIXED);
+    assert!(
+        matches!(talk.option(opt::EXPORT_NAME, b"disk"), Err(Error::ExportName(_, why)) if why.contains("TLS"))
+    );
+    let mut talk = Talk::started(require, FIXED);
+    assert_eq!(kinds(&talk.option(opt::ABORT, b"").unwrap()), [rep::ACK]);
+}
+
+#[test]
+fn oldstyle_says_everything_at_once() {
+    let mut talk = Talk::new(Settings { style: Style::Oldstyle, ..Settings::default() });
+    assert_eq!(talk.drain(), b"");
+    let golden = b"NBDMAGIC\0\0\x42\x02\x81\x86\x12\x53\0\0\0\0\0\x10\0\0\0\0\x01\x6d";
+    assert_eq!(talk.send(b"").unwrap(), [golden.as_slice(), &[0; 124]].concat());
+    assert_eq!((chosen(&talk).export, chosen(&talk).option), (4, 0));
+    assert_eq!(chosen(&talk).agreed, Agreed::default());
+    // The first request is none of the handshake's business.
+    assert_eq!(talk.haggle.handle_input(b"\x25\x60\x95\x13", &talk.shelf), Ok(0));
+}
+
+#[test]
+fn in_1997_nobody_says_anything() {
+    let style = Style::Original { reply_magic: ORIGINAL_REPLY_MAGIC };
+    let mut talk = Talk::new(Settings { style, ..Settings::default() });
+    assert_eq!(talk.send(b"").unwrap(), b"");
+    let framing = Framing::Original { reply_magic: ORIGINAL_REPLY_MAGIC };
+    assert_eq!(chosen(&talk).agreed, Agreed { framing, allocation: false });
+    assert_eq!(chosen(&talk).flags, TransmissionFlags(0));
+
+    struct One(u64);
+    impl Catalog for One {
+        fn next(&self, _: Option<&str>) -> Option<Export<'_>> {
+            None
+        }
+        fn find(&self, _: &str) -> Result<Export<'_>, Refusal> {
+            let flags = FLAGS | TransmissionFlags::READ_ONLY;
+            match self.0 {
+                0 => Err(Refusal::Unknown),
+                size => Ok(Export { id: 1, name: "one", description: "", size, flags, sizes: SIZES }),
+            }
+        }
+    }
+    let begin = |style, size| {
+        let mut haggle = ServerHaggle::new(Settings { style, ..Settings::default() });
+        haggle.handle_input(b"", &One(size)).map(|_| haggle)
+    };
+    assert!(matches!(begin(style, 1 << 32).unwrap().outcome(),
+        Some(Outcome::Transmission(c)) if c.flags == TransmissionFlags::READ_ONLY));
+    let too_large = begin(style, (1 << 32) + 512).unwrap_err();
+    assert!(too_large.to_string().contains("4294967296 are the most"), "{too_large}");
+    assert!(begin(Style::Oldstyle, 1 << 40).is_ok());
+    for style in [style, Style::Oldstyle] {
+        assert!(matches!(begin(style, 0), Err(Error::NoExport(why)) if why.contains("no default export")));
+    }
+}
+
 /// A transport that reads what is missing gets through, and leaves the first request in the socket.
 #[test]
 fn only_what_is_missing_needs_to_be_read() {
@@ -468,6 +680,10 @@ fn any_option() -> impl Strategy<Value = Vec<u8>> {
         4 => (6u32..8, name, types).prop_map(|(o, n, t)| request(o, &info_data(n, &t))),
         2 => (0u32..14, prop::collection::vec(any::<u8>(), 0..40)).prop_map(|(o, d)| request(o, &d)),
         1 => Just(request(opt::LIST, b"")),
+        2 => (0usize..4).prop_map(|i| request([opt::STRUCTURED_REPLY, opt::EXTENDED_HEADERS, opt::STARTTLS, 2][i], b"")),
+        2 => (9u32..11, prop::sample::select(vec!["disk", "gone"]), 0usize..4).prop_map(|(o, n, q)| {
+            request(o, &meta_data(n, &["base:", "base:allocation", "x", "a:b"][..q]))
+        }),
         1 => (6000usize..9000).prop_map(|n| request(opt::GO, &vec![0; n])),
         1 => prop::collection::vec(any::<u8>(), 0..30),
     ]
@@ -494,7 +710,7 @@ proptest! {
             let replies = talk.option(header.option.get(), data).unwrap();
             let (last, others) = replies.split_last().unwrap();
             prop_assert!(last.kind == rep::ACK || last.kind & rep::ERROR != 0);
-            prop_assert!(others.iter().all(|r| r.kind == rep::SERVER || r.kind == rep::INFO));
+            prop_assert!(others.iter().all(|r| [rep::SERVER, rep::INFO, rep::META_CONTEXT].contains(&r.kind)));
             if talk.haggle.outcome().is_some() { break }
         }
     }
