@@ -24,11 +24,22 @@ export RUSTFLAGS
 # Naming the host keeps these flags from build scripts and procedural macros, which could not be linked with them.
 host=$(rustc -vV | sed -n 's/^host: //p')
 
+bins=
 for target in $targets; do
-    cargo build --quiet --release --target "$host" --bin "$target"
+    bins="$bins --bin $target"
     mkdir -p "$out/corpus/$target" "$out/artifacts/$target"
-    echo "== $target, $seconds s"
-    # Short inputs: no message of these protocols needs more, and they keep runs fast.
-    "$out/$host/release/$target" -max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 -max_len=4096 \
-        -verbosity=0 -print_final_stats=1 -artifact_prefix="$out/artifacts/$target/" "$out/corpus/$target" "corpus/$target"
 done
+# shellcheck disable=SC2086 # a list of words
+cargo build --quiet --release --target "$host" $bins
+
+# As many at a time as there are CPUs; the output of each comes when it ends. Short inputs: no message of these protocols
+# needs more, and they keep runs fast.
+export seconds out host
+# shellcheck disable=SC2016 # expanded by the inner shell
+echo "$targets" | tr ' ' '\n' | xargs -P "$(nproc)" -n 1 sh -c '
+    log=$out/$1.log rc=0
+    "$out/$host/release/$1" -max_total_time="$seconds" -timeout=10 -rss_limit_mb=2048 -max_len=4096 -verbosity=0 \
+        -print_final_stats=1 -artifact_prefix="$out/artifacts/$1/" "$out/corpus/$1" "corpus/$1" >"$log" 2>&1 || rc=$?
+    echo "== $1, $seconds s"
+    cat "$log"
+    [ $rc = 0 ] || { echo "FAILED: $1, status $rc"; exit 1; }' fuzz

@@ -2,8 +2,9 @@
 # Passes all tests: format, lints, unit and property tests, fuzz targets, the SPDK client, and the VM scenarios against
 # real kernels. Installs what it needs. About 70 minutes on two cores; logs are in build/logs/.
 #
-#   scripts/test.sh            everything
+#   scripts/test.sh            what CI runs
 #   scripts/test.sh --quick    without fuzzing and VM scenarios
+#   scripts/test.sh --all      VM scenarios on more kernels, networks and peers as well: another hour
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 logs=build/logs
@@ -57,12 +58,12 @@ stage nbd scripts/test-nbd.sh build/release
 if [[ ${1:-} != --quick ]]; then
   stage fuzz fuzz/run.sh 10
   stage vm-build scripts/vm/build.sh
-  stage vm-verbs-contract-build cargo test --release -p verbs --no-run
-  stage vm-examples-build cargo build --release -p soft-roce -p exports -p ublk-poll --examples
   for scenario in scripts/vm/scenarios/*.sh; do
-    # "# ci: SERIES[/NET[,KEY=VALUE]...] ..." names the kernels and networks that CI runs a scenario on; without it, the
-    # first kernel and rxe.
-    for where in $(sed -n 's/^# ci: *//p' "$scenario" | grep . || echo 6.12); do
+    # "# ci: SERIES[/NET[,KEY=VALUE]...] ..." names the kernels and networks that CI runs a scenario on, without it the
+    # first kernel and rxe; "# more: …" those that --all adds.
+    places=$(sed -n 's/^# ci: *//p' "$scenario" | grep . || echo 6.12)
+    [[ ${1:-} != --all ]] || places+=" $(sed -n 's/^# more: *//p' "$scenario")"
+    for where in $places; do
       [[ $where == none ]] && continue
       name=$(basename "$scenario" .sh)
       IFS=/, read -r -a parts <<<"$where"

@@ -1,7 +1,7 @@
 # Functions for scenarios, which run as root in the guest: source "$VM_DIR/lib.sh".
 # shellcheck shell=bash
 #
-# run.sh provides VM_DIR (scripts/vm), REPO_DIR, BIN_DIR (programs under test), OUT_DIR (files to keep on the host),
+# run.sh provides VM_DIR (scripts/vm), REPO_DIR, BIN_DIR (programs under test), TEST_DIR (tests and examples), OUT_DIR (files to keep on the host),
 # VM_SCENARIO and VM_SERIES_BOOTED ("6.12", "6.1"). A scenario calls check/must/fail and ends with `finish`.
 
 RNBD_CTL=/sys/devices/virtual/rnbd-client/ctl

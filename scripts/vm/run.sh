@@ -23,7 +23,8 @@ Usage: scripts/vm/run.sh [options] SCENARIO [ARGUMENT...]
   --shell        an interactive root shell in the guest, with lib.sh loaded; leave with "exit"
   --list         the scenarios, one line each
 SCENARIO is a name from --list or the path of a script. Programs under test are found in \$BIN_DIR, which is
-build/release of this repository unless set by -o BIN_DIR=....
+build/release of this repository unless set by -o BIN_DIR=...; tests and examples in \$TEST_DIR, which is build/debug, as
+cargo test leaves them.
 Logs: build/vm/logs/SCENARIO-KVER.log (output), .console.log (kernel messages); files that the scenario left in
 \$OUT_DIR: build/vm/out/SCENARIO-KVER/.
 USAGE
@@ -126,8 +127,8 @@ trap 'exit 130' INT TERM
 # The guest runs main.sh; the scenario's environment and arguments are spelled out in it.
 {
   printf 'mkdir -p %q && mount --bind %q %q\n' "/lib/modules/$kver" "$dir/image/lib/modules/$kver" "/lib/modules/$kver"
-  printf 'export VM_DIR=%q REPO_DIR=%q BIN_DIR=%q OUT_DIR=%q VM_SCENARIO=%q VM_SERIES_BOOTED=%q\n' \
-    "$here" "$root" "$root/build/release" /run/job/out "$scenario" "$series"
+  printf 'export VM_DIR=%q REPO_DIR=%q BIN_DIR=%q TEST_DIR=%q OUT_DIR=%q VM_SCENARIO=%q VM_SERIES_BOOTED=%q\n' \
+    "$here" "$root" "$root/build/release" "$root/build/debug" /run/job/out "$scenario" "$series"
   printf 'export VM_NET=%q HOST_JOB_DIR=%q\n' "$net" "$job"
   for kv in "${env[@]}"; do printf 'export %s=%q\n' "${kv%%=*}" "${kv#*=}"; done
   echo 'cd /root'

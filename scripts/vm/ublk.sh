@@ -1,7 +1,7 @@
 # A program with ublk disks under test. Sourced by the ublk scenarios, after lib.sh.
 # shellcheck shell=bash
 #
-# It is rnbd-initiator if that was built, else the example ublk_server of the crate exports: disks are of local bdevs.
+# It is rnbd-initiator with disks of local bdevs.
 
 UBLK_SOCK=/run/ublk.sock
 UBLK_LOG=$OUT_DIR/ublk.log
@@ -13,8 +13,7 @@ need_ublk() {
   modprobe ublk_drv 2>/dev/null || skip "no ublk_drv in kernel $(uname -r)"
   must wait_for 10 test -c /dev/ublk-control
   UBLK_PROGRAM=$BIN_DIR/rnbd-initiator
-  [[ -x $UBLK_PROGRAM ]] || UBLK_PROGRAM=$BIN_DIR/examples/ublk_server
-  [[ -x $UBLK_PROGRAM ]] || die "neither rnbd-initiator nor examples/ublk_server in $BIN_DIR; build one, or -o BIN_DIR=…"
+  [[ -x $UBLK_PROGRAM ]] || die "$UBLK_PROGRAM is missing: cargo build --release, or -o BIN_DIR=…"
 }
 
 # start_ublk [ARGUMENT...]: in the background, its pid in UBLK_PID, until its RPC socket answers.

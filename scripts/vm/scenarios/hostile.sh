@@ -1,6 +1,6 @@
 # The hostile table: a client that lies, over rxe, against the target with static and with rotating keys.
 # timeout: 1500
-# ci: 6.12 6.12/soft
+# ci: 6.12 6.12/soft,HOSTILE_MODES=rotating
 # shellcheck shell=bash
 # shellcheck source=scripts/vm/lib.sh
 source "$VM_DIR/lib.sh"

@@ -5,9 +5,9 @@
 # ci: 6.12/soft
 # shellcheck source=scripts/vm/lib.sh
 source "$VM_DIR/lib.sh"
-examples=$BIN_DIR/examples
+examples=$TEST_DIR/examples
 for name in rping perftest; do
-  [[ -x $examples/$name ]] || die "$examples/$name is missing: cargo build --release -p soft-roce --examples"
+  [[ -x $examples/$name ]] || die "$examples/$name is missing: cargo test -p soft-roce --no-run"
 done
 setup_net 1
 ulimit -l unlimited

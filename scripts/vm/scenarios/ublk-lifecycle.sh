@@ -15,8 +15,8 @@ refused "no core mask" "hexadecimal" ublk_create_target '{"cpumask": "xyz"}'
 must urpc ublk_create_target '{"cpumask": "0x1"}' >/dev/null
 must start_disk Mem0 5
 
-if [[ -x $BIN_DIR/examples/ublk_info ]]; then
-  check_eq "libublk sees the same disk" "$("$BIN_DIR/examples/ublk_info" 5 2>/dev/null | grep -o 'state=1 queues=1 depth=128 max_io=524288\|sectors=131072 block=512' | xargs)" \
+if [[ -x $TEST_DIR/examples/ublk_info ]]; then
+  check_eq "libublk sees the same disk" "$("$TEST_DIR/examples/ublk_info" 5 2>/dev/null | grep -o 'state=1 queues=1 depth=128 max_io=524288\|sectors=131072 block=512' | xargs)" \
     "state=1 queues=1 depth=128 max_io=524288 sectors=131072 block=512"
 fi
 

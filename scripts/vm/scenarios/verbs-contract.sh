@@ -4,11 +4,11 @@
 # shellcheck source=scripts/vm/lib.sh
 source "$VM_DIR/lib.sh"
 
-# The newest one that `cargo test -p verbs --release --no-run` left.
-contract=$(find "$BIN_DIR/deps" -maxdepth 1 -name 'contract-*' -type f -perm -u+x -printf '%T@ %p\n' 2>/dev/null | sort -n | tail -n 1 | cut -d' ' -f2-)
-pingpong=$BIN_DIR/examples/pingpong
+# The newest one that `cargo test` left.
+contract=$(find "$TEST_DIR/deps" -maxdepth 1 -name 'contract-*' -type f -perm -u+x -printf '%T@ %p\n' 2>/dev/null | sort -n | tail -n 1 | cut -d' ' -f2-)
+pingpong=$TEST_DIR/examples/pingpong
 [[ -n $contract && -x $pingpong ]] ||
-  die "contract-* or $pingpong is missing: cargo test -p verbs --release --no-run"
+  die "contract-* or $pingpong is missing: cargo test -p verbs --no-run"
 
 check_fails "no RDMA device yet: an error, no crash" "$pingpong" server "$(server_addr 1):7471"
 setup_rxe 1
