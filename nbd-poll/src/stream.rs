@@ -92,6 +92,13 @@ impl Stream {
         let _ = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Write);
     }
 
+    /// When it is closed, what was not sent is thrown away, instead of being sent for as long as it takes (socket(7),
+    /// SO_LINGER).
+    pub(crate) fn reset_on_close(&self) {
+        // Fails on no socket that is open.
+        let _ = sockopt::set_socket_linger(&self.socket, Some(std::time::Duration::ZERO));
+    }
+
     /// Waits for nothing any more: a socket whose peer is gone would fire for ever.
     pub(crate) fn forget(&mut self) {
         let _ = epoll::delete(&self.epoll, &self.socket);

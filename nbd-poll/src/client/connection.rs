@@ -436,6 +436,11 @@ impl Connection {
         }
     }
 
+    /// Drops it; what was not sent is thrown away, and the server hears of a reset.
+    pub fn abort(mut self) {
+        self.pipe.reset_on_close();
+    }
+
     /// After [`End`] that is not the server's: waits for the server to close its side.
     pub fn into_remains(mut self) -> Remains {
         self.pipe.shut_down_write();
@@ -469,9 +474,9 @@ impl Remains {
         false
     }
 
-    /// For epoll: readable when there is something to look at.
-    pub fn wait_fd(&mut self) -> RawFd {
-        self.pipe.wait_fd()
+    /// Waits no longer: what was not sent is thrown away, and the server hears of a reset.
+    pub fn abort(mut self) {
+        self.pipe.reset_on_close();
     }
 }
 

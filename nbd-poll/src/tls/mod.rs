@@ -9,6 +9,7 @@ pub(crate) mod pipe;
 use std::io::{self, BufRead, Read, Write};
 
 use rustls::Connection;
+pub use rustls::pki_types::ServerName;
 
 use crate::stream::{Moved, Stream};
 

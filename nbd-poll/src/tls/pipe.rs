@@ -98,6 +98,11 @@ impl Pipe {
         self.stream().want(read, write);
     }
 
+    /// See [`Stream::reset_on_close`].
+    pub(crate) fn reset_on_close(&mut self) {
+        self.stream().reset_on_close();
+    }
+
     /// As [`Stream::forget`].
     pub(crate) fn forget(&mut self) {
         self.stream().forget();
