@@ -44,8 +44,8 @@ struct Args {
     #[argh(switch)]
     inflight: bool,
     /// measured seconds (default 5)
-    #[argh(option, default = "5")]
-    time: u64,
+    #[argh(option, default = "5.0")]
+    time: f64,
     /// core of the driver
     #[argh(option)]
     core: Option<usize>,
@@ -88,6 +88,7 @@ fn run(args: &Args) -> Result<serde_json::Value, String> {
         max_io: args.block_size,
         ..Options::default()
     };
+    let measured = Duration::try_from_secs_f64(args.time).map_err(|e| format!("--time {}: {e}", args.time))?;
     let mut disk = Disk::connect(&args.socket, options).map_err(|e| e.to_string())?;
     let blocks = disk.sectors().map_err(|e| e.to_string())? * 512 / u64::from(args.block_size);
     if blocks == 0 {
@@ -107,11 +108,11 @@ fn run(args: &Args) -> Result<serde_json::Value, String> {
         errors: 0,
     };
     (0..usize::from(args.queues)).for_each(|q| load.fill(&mut disk, q, args.queue_depth));
-    load.turn(&mut disk, Duration::from_millis(300))?;
+    load.turn(&mut disk, measured.min(Duration::from_millis(300)))?;
     (load.done, load.errors) = (0, 0);
     load.latencies.reset();
     let kicks = disk.kicks;
-    let seconds = load.turn(&mut disk, Duration::from_secs(args.time))?;
+    let seconds = load.turn(&mut disk, measured)?;
     let us = |q: f64| load.latencies.value_at_quantile(q) as f64 / 1000.0;
     Ok(json!({
         "iops": load.done as f64 / seconds,
