@@ -1,6 +1,7 @@
 //! Data memory for requests of one reactor's connections.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use iobuf::{Buffer, MapError, Pool, Region, Registry};
 use smallvec::SmallVec;
@@ -19,11 +20,16 @@ const LARGE_COUNT: u32 = 64;
 /// would otherwise need all buffers at once.
 const POOLED_MAX: usize = 1 << 20;
 
+/// Memory outside the pools for the requests of one reactor, at most, bytes. Clients that begin long writes and do not go
+/// on would otherwise hold as much as they have connections.
+const OWN_MAX: usize = 256 << 20;
+
 /// Pools that the connections of one reactor share: 2 MiB of small and 8 MiB of large buffers. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Buffers {
     small: Pool,
     large: Pool,
+    own: Arc<AtomicUsize>,
 }
 
 /// The memory of one request; goes back to its pool when dropped.
@@ -34,7 +40,22 @@ pub(crate) enum Data {
     None,
     Pooled(SmallVec<[Buffer; 4]>),
     /// Outside the pools.
-    Own(Arc<Region>),
+    Own(Own),
+}
+
+/// Memory outside the pools.
+#[derive(Debug)]
+pub(crate) struct Own {
+    region: Arc<Region>,
+    len: usize,
+    /// Of all like it.
+    total: Arc<AtomicUsize>,
+}
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        self.total.fetch_sub(self.len, Ordering::Relaxed);
+    }
 }
 
 impl Buffers {
@@ -46,6 +67,7 @@ impl Buffers {
         Ok(Self {
             small: Pool::new(registry, SMALL_COUNT, SMALL_BUFFER)?,
             large: Pool::new(registry, LARGE_COUNT, LARGE_BUFFER)?,
+            own: Arc::default(),
         })
     }
 
@@ -55,8 +77,15 @@ impl Buffers {
     }
 
     /// Memory for `len` bytes outside the pools; `None` if the system has none. A system call.
-    pub(crate) fn own(len: usize) -> Option<Data> {
-        Region::new(len).map(Data::Own).ok()
+    pub(crate) fn own(&self, len: usize) -> Option<Data> {
+        let region = Region::new(len).ok()?;
+        self.own.fetch_add(len, Ordering::Relaxed);
+        Some(Data::Own(Own { region, len, total: self.own.clone() }))
+    }
+
+    /// Whether there may be `len` bytes more outside the pools.
+    pub(crate) fn may_own(&self, len: usize) -> bool {
+        self.own.load(Ordering::Relaxed) + len <= OWN_MAX
     }
 
     /// Memory for `len` bytes, or `None`: try again when other requests have ended.
@@ -65,7 +94,7 @@ impl Buffers {
             return Some(Data::None);
         }
         if Self::is_own(len) {
-            return Self::own(len);
+            return self.own(len);
         }
         if len <= SMALL_BUFFER
             && let Some(buffer) = self.small.take()
@@ -101,7 +130,7 @@ impl Data {
         match self {
             Self::None => {}
             // SAFETY: the caller keeps `self`, and with it the region.
-            Self::Own(region) => segments.extend(unsafe { region.segment(0, len) }),
+            Self::Own(own) => segments.extend(unsafe { own.region.segment(0, len.min(own.len)) }),
             Self::Pooled(buffers) => {
                 let mut left = len;
                 for buffer in buffers {
@@ -161,6 +190,9 @@ mod tests {
         assert_eq!(buffers.in_use(), (0, 0));
         let own = buffers.take(2 << 20).unwrap();
         assert!(matches!(own, Data::Own(_)));
+        assert!(buffers.may_own(OWN_MAX - (2 << 20)) && !buffers.may_own(OWN_MAX));
+        drop(own);
+        assert!(buffers.may_own(OWN_MAX));
         assert_eq!(buffers.in_use(), (0, 0));
     }
 

@@ -11,10 +11,12 @@ use nbd_proto::wire::ErrorCode;
 
 use crate::Segments;
 use crate::buffers::Buffers;
+use crate::listener::Socket;
 use crate::outbox::Outbox;
 use crate::slots::{RequestId, Slots};
 use crate::staging::Staging;
 use crate::stream::{Moved, Stream};
+use crate::tls::pipe::Pipe;
 
 /// Most bytes that one request may carry.
 pub const MAX_PAYLOAD: u32 = nbd_proto::request::DEFAULT_MAX_PAYLOAD;
@@ -41,6 +43,9 @@ pub enum End {
     /// The client does not speak NBD.
     #[error(transparent)]
     Violation(#[from] Violation),
+    /// The client has begun a request and does not go on with it.
+    #[error("a request was begun, and nothing of the rest has come in time")]
+    Stalled,
     /// The socket failed, or there is no memory for a very long request.
     #[error("the connection has failed: {0}")]
     Failed(#[from] io::Error),
@@ -64,7 +69,7 @@ pub struct Incoming {
 /// [`send`](Self::send). Drop it only when [`in_flight`](Self::in_flight) is 0: until then devices may use its memory.
 #[derive(Debug)]
 pub struct Connection {
-    stream: Stream,
+    pipe: Pipe,
     machine: Transmission,
     staging: Staging,
     slots: Slots,
@@ -85,7 +90,7 @@ impl Connection {
     /// # Errors
     /// No descriptors left.
     pub fn new(socket: OwnedFd, export: Export, buffers: Buffers) -> io::Result<Self> {
-        Self::with(socket, export, Agreed::default(), buffers)
+        Self::with(socket.into(), export, Agreed::default(), buffers)
     }
 
     /// Serves `export` on `socket`, whose next byte is the first of a request. `export.max_payload` is at most
@@ -93,10 +98,13 @@ impl Connection {
     ///
     /// # Errors
     /// No descriptors left.
-    pub fn with(socket: OwnedFd, export: Export, agreed: Agreed, buffers: Buffers) -> io::Result<Self> {
+    pub fn with(socket: Socket, export: Export, agreed: Agreed, buffers: Buffers) -> io::Result<Self> {
         let export = Export { max_payload: export.max_payload.min(MAX_PAYLOAD), ..export };
         Ok(Self {
-            stream: Stream::new(socket)?,
+            pipe: match socket {
+                Socket::Plain(socket) => Pipe::Plain(Stream::new(socket)?),
+                Socket::Tls(tls) => Pipe::Tls(tls.0),
+            },
             machine: Transmission::with(export, agreed),
             staging: Staging::new(agreed.framing.request_len()),
             slots: Slots::new(agreed.framing),
@@ -152,10 +160,10 @@ impl Connection {
 
     /// Sends what was answered, as far as the socket takes it. Cheap when there is nothing.
     pub fn send(&mut self) {
-        if self.outbox.is_empty() {
+        if self.outbox.is_empty() && !self.pipe.has_output() {
             return;
         }
-        match self.outbox.send(&self.stream, &mut self.slots) {
+        match self.outbox.send(&mut self.pipe, &mut self.slots) {
             Ok(true) => {}
             Ok(false) => self.finish(End::Closed),
             Err(e) => self.finish(End::Failed(e)),
@@ -174,7 +182,20 @@ impl Connection {
 
     /// Ended, and nothing is left to be answered or sent.
     pub fn is_done(&self) -> bool {
-        self.end.is_some() && self.in_flight == 0 && self.outbox.is_empty()
+        let sent = self.outbox.is_empty() && !(self.answers() && self.pipe.has_output());
+        self.end.is_some() && self.in_flight == 0 && sent
+    }
+
+    /// A request has begun and the rest of it has not come: the client holds memory and may take its time.
+    pub fn is_mid_request(&self) -> bool {
+        self.end.is_none() && (!self.staging.is_empty() || self.machine.want() != Want::Header)
+    }
+
+    /// The client has let its time pass.
+    pub fn time_out(&mut self) {
+        if self.end.is_none() {
+            self.finish(End::Stalled);
+        }
     }
 
     /// A request waits until others give their memory back: look again when one has been answered.
@@ -196,19 +217,21 @@ impl Connection {
 
     /// For epoll: readable when there is something to do. The same for the connection's life.
     pub fn wait_fd(&self) -> RawFd {
-        self.stream.wait_fd()
+        self.pipe.wait_fd()
     }
 
     /// The core is about to sleep: makes [`Connection::wait_fd`] fire for what can go on. True if something can at
     /// once. Requests that wait for memory or a free slot go on when others are answered.
     pub fn before_sleep(&mut self) -> bool {
         let open = self.end.is_none() && self.waiting.is_none() && self.slots.has_room();
-        self.stream.want(open, self.outbox.is_blocked());
+        self.pipe.want(open, self.outbox.is_blocked() || self.pipe.has_output());
+        // What TLS has decrypted shows in no socket.
+        let decrypted = open && self.pipe.has_input();
         let staged = !self.staging.is_empty() && self.machine.want() != Want::Header;
         let sendable = !self.outbox.is_empty() && !self.outbox.is_blocked();
         // Answers that left meanwhile may have given back what a request waits for.
         let admissible = self.waiting.is_some_and(|request| self.has_memory_for(&request));
-        admissible || sendable || (open && (staged || self.staging.header().is_some()))
+        decrypted || admissible || sendable || (open && (staged || self.staging.header().is_some()))
     }
 
     /// Answers still reach the client.
@@ -314,7 +337,7 @@ impl Connection {
             pieces.push(libc::iovec { iov_base: ahead.as_mut_ptr().cast(), iov_len: ahead.len() });
         }
         // SAFETY: the payload's pieces are as in `take_staged`; the others are exclusively borrowed until here.
-        let moved = unsafe { self.stream.read(&pieces) }?;
+        let moved = unsafe { self.pipe.read(&pieces) }?;
         if let Moved::Some(n) = moved {
             let of_payload = n.min(payload);
             self.staging.filled(n - of_payload);
@@ -355,14 +378,14 @@ impl Connection {
     fn admit_waiting(&mut self, out: &mut Vec<Incoming>) -> bool {
         let Some(request) = self.waiting else { return true };
         let len = request.data_len() as usize;
-        if Buffers::is_own(len) && self.slots.has_own() {
+        if Buffers::is_own(len) && (self.slots.has_own() || !self.buffers.may_own(len)) {
             return false;
         }
         let pooled = self.buffers.take(len);
         // Clients that do not read their answers may keep the pools for ever: a connection that has nothing else to
         // wait for goes on without them.
         let stuck = self.in_flight == 0 && self.outbox.is_empty();
-        let Some(data) = pooled.or_else(|| stuck.then(|| Buffers::own(len)).flatten()) else {
+        let Some(data) = pooled.or_else(|| stuck.then(|| self.buffers.own(len)).flatten()) else {
             if Buffers::is_own(len) {
                 self.finish(End::Failed(io::ErrorKind::OutOfMemory.into()));
             }
@@ -384,7 +407,11 @@ impl Connection {
     fn has_memory_for(&self, request: &Request) -> bool {
         let len = request.data_len() as usize;
         let stuck = self.in_flight == 0 && self.outbox.is_empty();
-        if Buffers::is_own(len) { !self.slots.has_own() } else { stuck || self.buffers.has(len) }
+        if Buffers::is_own(len) {
+            !self.slots.has_own() && self.buffers.may_own(len)
+        } else {
+            stuck || self.buffers.has(len)
+        }
     }
 
     fn hand_out(&mut self, id: RequestId, request: Request, out: &mut Vec<Incoming>) {
@@ -399,7 +426,7 @@ impl Connection {
     fn finish(&mut self, end: End) {
         if !matches!(end, End::Disconnect) {
             self.outbox.clear(&mut self.slots);
-            self.stream.forget();
+            self.pipe.forget();
         }
         if let Some(id) = self.writing.take() {
             self.slots.release(id);

@@ -4,7 +4,8 @@ use std::collections::VecDeque;
 use std::io;
 
 use crate::slots::{MAX_IN_FLIGHT, RequestId, Slots};
-use crate::stream::{Moved, Stream};
+use crate::stream::Moved;
+use crate::tls::pipe::Pipe;
 
 /// Pieces of one call: 32 answers with their headers and data in one segment each.
 const MAX_PIECES: usize = 64;
@@ -37,14 +38,14 @@ impl Outbox {
     }
 
     /// Sends until there is nothing left or the socket is full. `Ok(false)`: the peer is gone.
-    pub(crate) fn send(&mut self, stream: &Stream, slots: &mut Slots) -> io::Result<bool> {
+    pub(crate) fn send(&mut self, pipe: &mut Pipe, slots: &mut Slots) -> io::Result<bool> {
         self.blocked = false;
         while !self.queue.is_empty() {
             let mut pieces = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; MAX_PIECES];
             let count = self.gather(slots, &mut pieces);
             // SAFETY: headers and data belong to slots, which are only released below, after the call; the device is
             // done with the data, so nobody changes it.
-            match unsafe { stream.write(&mut pieces[..count]) }? {
+            match unsafe { pipe.write(&mut pieces[..count]) }? {
                 Moved::Some(n) => self.advance(n, slots),
                 Moved::WouldBlock => {
                     self.blocked = true;
@@ -52,6 +53,10 @@ impl Outbox {
                 }
                 Moved::End => return Ok(false),
             }
+        }
+        // TLS takes what its buffer holds, and the socket may take less.
+        if !self.blocked && pipe.has_output() {
+            self.blocked = !pipe.flush()?;
         }
         Ok(true)
     }

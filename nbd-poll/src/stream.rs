@@ -1,7 +1,7 @@
 //! A non-blocking stream socket: vectored system calls, and one descriptor to wait for whichever direction is wanted.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use rustix::event::epoll;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
@@ -52,6 +52,11 @@ impl Stream {
         let interest = epoll::EventFlags::IN;
         epoll::add(&epoll, &socket, epoll::EventData::new_u64(0), interest)?;
         Ok(Self { epoll, socket, interest })
+    }
+
+    /// The socket itself.
+    pub(crate) fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 
     /// Readable when the socket is ready for what [`Stream::want`] asked for, or has failed.

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use nbd_poll::listener::{Acceptor, AcceptorOptions, Address, Event, HandshakeError, Listener, Peer};
+use nbd_poll::listener::{Acceptor, AcceptorOptions, Address, Event, HandshakeError, Listener, Peer, Socket};
 use nbd_proto::haggle::wire::{OptionHeader, opt};
 use nbd_proto::haggle::{BlockSizes, Catalog, Export, Refusal};
 use nbd_proto::wire::TransmissionFlags;
@@ -128,9 +128,10 @@ fn a_client_chooses_and_its_first_request_stays_in_the_socket() {
     client.write_all(&[FLAGS.as_slice(), &go("none"), &go("0007"), b"request"].concat()).unwrap();
     let Event::Accepted(accepted) = b.event() else { panic!() };
     assert_eq!((accepted.chosen.export, accepted.chosen.size), (7, 1 << 20));
-    assert!(matches!(accepted.peer, Peer::Unix { .. }));
+    assert!(matches!(accepted.who.peer, Peer::Unix { .. }));
     assert_eq!(b.acceptor.handshakes(), 0);
-    let mut socket = UnixStream::from(accepted.socket);
+    let Socket::Plain(socket) = accepted.socket else { panic!() };
+    let mut socket = UnixStream::from(socket);
     let mut bytes = [0; 20];
     assert_eq!(socket.read(&mut bytes).unwrap(), 7);
     assert_eq!(&bytes[..7], b"request");
@@ -160,7 +161,7 @@ fn byte_by_byte_over_tcp() {
         poll(&mut acceptor, &mut events);
     }
     let Event::Accepted(accepted) = &events[0] else { panic!("{events:?}") };
-    assert_eq!(accepted.peer, Peer::Tcp(client.local_addr().unwrap()));
+    assert_eq!(accepted.who.peer, Peer::Tcp(client.local_addr().unwrap()));
     assert_eq!(accepted.chosen.export, 2);
 }
 

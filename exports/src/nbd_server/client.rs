@@ -1,11 +1,11 @@
 //! One connection, on its reactor and as the control thread knows it.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bdev::Descriptor;
+use nbd_poll::listener::Socket;
 use nbd_poll::{Buffers, Connection, End, Incoming, RequestId};
 use nbd_proto::request::Command;
 
@@ -23,7 +23,7 @@ const COLD_AFTER: u32 = 200;
 pub(super) struct NewClient {
     /// Of the connection.
     pub(super) id: u64,
-    pub(super) socket: OwnedFd,
+    pub(super) socket: Socket,
     /// Number of the export.
     pub(super) export: u64,
     pub(super) descriptor: Descriptor,

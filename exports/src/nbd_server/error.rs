@@ -14,6 +14,12 @@ pub(super) enum ServerError {
     Name(String),
     #[error("a description has at most 4096 bytes and no control characters")]
     Description,
+    #[error("allow: {0}")]
+    Allow(String),
+    #[error("{param}: {text}")]
+    Listener { param: &'static str, text: String },
+    #[error(transparent)]
+    Tls(#[from] nbd_poll::tls::files::TlsError),
     #[error(transparent)]
     Bdev(#[from] bdev::Error),
     #[error("nothing listens on {0}; nbd_server_get_listeners lists what does")]
@@ -36,7 +42,9 @@ impl ServerError {
         match self {
             Self::ExportExists(_) | Self::ListenerExists(_) => Errno::EXIST.raw_os_error(),
             Self::NoExport(_) | Self::NoListener(_) | Self::NoConnection(_) => Errno::NOENT.raw_os_error(),
-            Self::Name(_) | Self::Description => Errno::INVAL.raw_os_error(),
+            Self::Name(_) | Self::Description | Self::Allow(_) | Self::Listener { .. } | Self::Tls(_) => {
+                Errno::INVAL.raw_os_error()
+            }
             Self::Bdev(e) => e.errno(),
             Self::Listen(e) => e.errno(),
             Self::Watch(_, e) => e.raw_os_error().unwrap_or(Errno::IO.raw_os_error()),
@@ -51,6 +59,9 @@ impl ServerError {
             Self::ExportExists(name) | Self::NoExport(name) => error.object("export", name),
             Self::Name(_) => error.param("name"),
             Self::Description => error.param("description"),
+            Self::Allow(_) => error.param("allow"),
+            Self::Listener { param, .. } => error.param(param),
+            Self::Tls(_) => error.param("tls_certificates"),
             Self::Bdev(bdev::Error::NotFound { name }) => {
                 error.object("bdev", name).hint("bdev_get_bdevs lists the bdevs")
             }

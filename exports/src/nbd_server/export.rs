@@ -5,11 +5,13 @@ use std::ops::Bound;
 
 use bdev::{Descriptor, Info, Op};
 use nbd_poll::MAX_PAYLOAD;
+use nbd_poll::listener::{Identity, Shelf};
 use nbd_proto::haggle::wire::MAX_STRING;
-use nbd_proto::haggle::{self, BlockSizes, Catalog, Refusal};
+use nbd_proto::haggle::{self, BlockSizes, Refusal};
 use nbd_proto::request;
 use nbd_proto::wire::TransmissionFlags;
 
+use super::allow::{Access, AllowList};
 use super::error::ServerError;
 use super::fence::Fence;
 
@@ -22,6 +24,7 @@ pub(super) struct Export {
     pub(super) bdev_name: String,
     pub(super) description: String,
     pub(super) read_only: bool,
+    pub(super) allow: AllowList,
     pub(super) descriptor: Descriptor,
     pub(super) fence: Fence,
 }
@@ -147,15 +150,21 @@ impl View<'_> {
     }
 }
 
-impl Catalog for View<'_> {
-    fn next(&self, after: Option<&str>) -> Option<haggle::Export<'_>> {
+impl Shelf for View<'_> {
+    fn next(&self, who: &Identity, after: Option<&str>) -> Option<haggle::Export<'_>> {
         let from = after.map_or(Bound::Unbounded, Bound::Excluded);
-        let (name, export) = self.exports.0.range::<str, _>((from, Bound::Unbounded)).next()?;
+        let mut rest = self.exports.0.range::<str, _>((from, Bound::Unbounded));
+        let (name, export) = rest.find(|(_, e)| e.allow.access(who) == Access::Granted)?;
         Some(export.told(name))
     }
 
-    fn find(&self, name: &str) -> Result<haggle::Export<'_>, Refusal> {
+    fn find(&self, who: &Identity, name: &str) -> Result<haggle::Export<'_>, Refusal> {
         let (name, export) = self.look_up(name).ok_or(Refusal::Unknown)?;
+        match export.allow.access(who) {
+            Access::Granted => {}
+            Access::NeedsTls => return Err(Refusal::TlsRequired),
+            Access::Denied => return Err(Refusal::Policy(format!("export '{name}' is not for you"))),
+        }
         if export.descriptor.is_removed() {
             return Err(Refusal::Policy(format!("the bdev of export '{name}' has been removed")));
         }
@@ -183,8 +192,15 @@ mod tests {
             };
             malloc::create(&manager, params).unwrap();
             let descriptor = manager.open(&bdev_name, Mode::ReadWrite, Box::new(|_| {})).unwrap();
-            let (description, fence) = (String::new(), Fence::default());
-            let export = Export { id, bdev_name, description, read_only: false, descriptor, fence };
+            let export = Export {
+                id,
+                bdev_name,
+                description: String::new(),
+                read_only: false,
+                allow: AllowList::default(),
+                descriptor,
+                fence: Fence::default(),
+            };
             exports.check(name, "").unwrap();
             exports.insert((*name).into(), export);
         }
@@ -195,19 +211,20 @@ mod tests {
     fn clients_see_exports_in_order_and_one_by_default() {
         let two = exports(&["b", "a"]);
         let view = |default| View { exports: &two, default };
-        let names = |after| view(None).next(after).map(|e| e.name.to_owned());
+        let who = Identity { peer: nbd_poll::listener::Peer::Unix { pid: 1, uid: 0 }, tls: None };
+        let names = |after| view(None).next(&who, after).map(|e| e.name.to_owned());
         assert_eq!(
             [names(None), names(Some("a")), names(Some("b"))],
             [Some("a".into()), Some("b".into()), None]
         );
-        assert_eq!(view(None).find("b").unwrap().id, 0);
-        assert_eq!(view(None).find(""), Err(Refusal::Unknown), "which of the two?");
-        assert_eq!(view(Some("a")).find("").unwrap().name, "a");
-        assert_eq!(view(Some("gone")).find(""), Err(Refusal::Unknown));
+        assert_eq!(view(None).find(&who, "b").unwrap().id, 0);
+        assert_eq!(view(None).find(&who, ""), Err(Refusal::Unknown), "which of the two?");
+        assert_eq!(view(Some("a")).find(&who, "").unwrap().name, "a");
+        assert_eq!(view(Some("gone")).find(&who, ""), Err(Refusal::Unknown));
         let one = exports(&["only"]);
-        assert_eq!(View { exports: &one, default: None }.find("").unwrap().name, "only");
+        assert_eq!(View { exports: &one, default: None }.find(&who, "").unwrap().name, "only");
         let all = view(None);
-        let export = all.find("a").unwrap();
+        let export = all.find(&who, "a").unwrap();
         assert_eq!((export.size, export.sizes.minimum), (1 << 20, 4096));
         assert!(export.sizes.are_legal() && export.flags.has(TransmissionFlags::SEND_TRIM));
     }

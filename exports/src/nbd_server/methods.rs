@@ -13,8 +13,10 @@ use rpc::{MethodTable, Responder, RpcError, States};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
+use super::allow::{Allow, AllowList};
+use super::dialect::{Dialect, Speech, TlsMode};
 use super::error::ServerError;
-use super::server::{Connected, Dialect, Listening, Options, Server};
+use super::server::{Connected, Listening, Options, Server};
 use super::subsystem::server;
 
 pub(super) fn register(t: &mut MethodTable<App>) {
@@ -49,12 +51,17 @@ pub(super) const TEXTS: &[MethodText] = &[
         "true",
         "Accepts NBD clients on a unix socket (`path`, mode 0600) or a TCP port (`traddr`; `trsvcid` 10809 if absent, 0: \
          a free one). `export`: for clients that do not name one; without it the only one there is. `dialect`: auto and \
-         fixed are fixed newstyle, newstyle lets clients choose by EXPORT_NAME only.",
+         fixed are fixed newstyle (which serves clients of newstyle, too), newstyle lets clients choose by EXPORT_NAME \
+         only; oldstyle and 1997 serve one export, the latter of at most 4 GiB and with `reply_magic` (0x96744668 if \
+         absent) in its replies. `tls`: off, allow or require, with server-cert.pem and server-key.pem in the directory \
+         `tls_certificates`; with `tls_verify_peer` clients must show a certificate of an authority in ca-cert.pem there.",
     ),
     (
         "nbd_server_create_export",
         "name",
-        "Offers a bdev to NBD clients under `name`, on all listeners. With `read_only` clients cannot change it.",
+        "Offers a bdev to NBD clients under `name`, on all listeners. With `read_only` clients cannot change it. \
+         `allow`: for these clients only: `addr` (address or network, TCP), `uid` (user, unix sockets), `tls_cn` (common \
+         name in the certificate, listeners with `tls_verify_peer`); what one entry has must hold together.",
     ),
     (
         "nbd_server_delete_export",
@@ -126,6 +133,12 @@ struct AddListener {
     #[serde(default)]
     dialect: Dialect,
     export: Option<String>,
+    reply_magic: Option<u32>,
+    #[serde(default)]
+    tls: TlsMode,
+    tls_certificates: Option<PathBuf>,
+    #[serde(default)]
+    tls_verify_peer: bool,
 }
 
 #[derive(Deserialize)]
@@ -142,7 +155,14 @@ fn add_listener(app: &App, cx: &mut Turn<'_>, p: AddListener) -> Result<bool, Rp
     let place = (p.path.as_ref(), p.adrfam.as_deref(), p.traddr.as_deref(), p.trsvcid.as_deref());
     let address = address(METHOD, place)?;
     let server = server(app)?;
-    let listening = server.borrow_mut().listen(cx, &address, p.dialect, p.export);
+    let speech = Speech {
+        dialect: p.dialect,
+        reply_magic: p.reply_magic,
+        tls: p.tls,
+        certificates: p.tls_certificates,
+        verify_peer: p.tls_verify_peer,
+    };
+    let listening = server.borrow_mut().listen(cx, &address, speech, p.export);
     listening.map(|_| true).map_err(|e| e.rpc(METHOD))
 }
 
@@ -204,7 +224,16 @@ fn address_row(address: &Address) -> Map<String, Value> {
 /// As `nbd_server_add_listener` takes it.
 fn listener_params(listening: &Listening) -> Map<String, Value> {
     let mut row = address_row(listening.address());
-    row.insert("dialect".into(), json!(listening.dialect));
+    let speech = &listening.speech;
+    row.insert("dialect".into(), json!(speech.dialect));
+    if let Some(magic) = speech.reply_magic {
+        row.insert("reply_magic".into(), json!(magic));
+    }
+    if let Some(certificates) = &speech.certificates {
+        row.insert("tls".into(), json!(speech.tls));
+        row.insert("tls_certificates".into(), json!(certificates.to_string_lossy()));
+        row.insert("tls_verify_peer".into(), json!(speech.verify_peer));
+    }
     if let Some(export) = &listening.export {
         row.insert("export".into(), json!(export));
     }
@@ -225,13 +254,17 @@ struct CreateExport {
     #[serde(default)]
     read_only: bool,
     description: Option<String>,
+    #[serde(default)]
+    allow: Vec<Allow>,
 }
 
 fn create_export(app: &mut App, p: CreateExport) -> Result<String, RpcError> {
     const METHOD: &str = "nbd_server_create_export";
     let server = server(app)?;
     let description = p.description.unwrap_or_default();
-    let created = server.borrow_mut().create_export(p.name.clone(), &p.bdev_name, p.read_only, description);
+    let allow = AllowList::new(p.allow).map_err(|e| e.rpc(METHOD))?;
+    let created =
+        server.borrow_mut().create_export(p.name.clone(), &p.bdev_name, p.read_only, description, allow);
     created.map(|()| p.name).map_err(|e| e.rpc(METHOD))
 }
 
@@ -290,7 +323,7 @@ fn exports(app: &App, wanted: Option<&str>) -> Result<Vec<Value>, RpcError> {
         .map(|(name, e)| {
             json!({
                 "name": name, "bdev_name": e.bdev_name, "read_only": e.read_only, "description": e.description,
-                "size": e.size(), "connections": server.users(e),
+                "allow": e.allow.entries(), "size": e.size(), "connections": server.users(e),
             })
         })
         .collect();
@@ -322,7 +355,7 @@ fn connections(app: &App, export: Option<&str>) -> Result<Vec<Value>, RpcError> 
 }
 
 fn connection_row(now: Instant, id: u64, c: &Connected) -> Value {
-    let peer = match c.peer {
+    let peer = match c.who.peer {
         Peer::Unix { pid, uid } => json!({"pid": pid, "uid": uid}),
         Peer::Tcp(addr) => Value::Object(address_row(&Address::Tcp(addr))),
     };
@@ -332,6 +365,7 @@ fn connection_row(now: Instant, id: u64, c: &Connected) -> Value {
         "export": c.export_name,
         "listener": address_row(&c.listener),
         "peer": peer,
+        "tls": c.who.tls.as_ref().map(|t| json!({"cipher": t.cipher, "common_name": t.common_name})),
         "reactor": c.place.reactor().name(),
         "state": if c.closing { "closing" } else { "connected" },
         "seconds": now.saturating_duration_since(c.since).as_secs(),
@@ -368,6 +402,9 @@ pub(super) fn config(server: &Server) -> Vec<Value> {
         let mut params = json!({"name": name, "bdev_name": e.bdev_name, "read_only": e.read_only});
         if !e.description.is_empty() {
             params["description"] = json!(e.description);
+        }
+        if !e.allow.entries().is_empty() {
+            params["allow"] = json!(e.allow.entries());
         }
         calls.push(json!({"method": "nbd_server_create_export", "params": params}));
     }

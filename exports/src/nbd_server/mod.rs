@@ -11,7 +11,9 @@
 //! The connections of one export on one reactor share an I/O channel. A flush covers what was acknowledged on any
 //! connection, because it is the bdev's; so clients may use several (CAN_MULTI_CONN).
 
+mod allow;
 mod client;
+mod dialect;
 mod disk;
 mod error;
 mod export;

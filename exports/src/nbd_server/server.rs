@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 use bdev::{Event as BdevEvent, Manager, Mode};
 use engine::placement::{Place, Placement};
 use nbd_poll::listener::{
-    Accepted, Acceptor, AcceptorOptions, Address, Event, HandshakeError, Listener, Peer,
+    Accepted, Acceptor, AcceptorOptions, Address, Event, HandshakeError, Identity, Listener,
 };
-use nbd_proto::haggle::Settings;
 use reactor::{Handle, Polled, Poller, Turn};
-use serde::{Deserialize, Serialize};
 
+use super::allow::AllowList;
 use super::client::{NewClient, Stats};
+use super::dialect::Speech;
 use super::error::ServerError;
 use super::export::{Export, Exports, View};
 use super::fence::Fence;
@@ -24,19 +24,6 @@ use super::limit::LogLimit;
 
 /// Refused and broken handshakes that are logged, per second.
 const LOGGED_FAILURES: u32 = 10;
-
-/// How a listener introduces itself.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(super) enum Dialect {
-    /// The newest that there is: now fixed newstyle.
-    #[default]
-    Auto,
-    /// Fixed newstyle.
-    Fixed,
-    /// Newstyle: clients choose by EXPORT_NAME only.
-    Newstyle,
-}
 
 /// Limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +45,7 @@ impl Default for Options {
 
 pub(super) struct Listening {
     acceptor: Acceptor,
-    pub(super) dialect: Dialect,
+    pub(super) speech: Speech,
     /// For clients that do not name one.
     pub(super) export: Option<String>,
 }
@@ -77,7 +64,7 @@ impl Listening {
 pub(super) struct Connected {
     export: u64,
     pub(super) export_name: String,
-    pub(super) peer: Peer,
+    pub(super) who: Identity,
     /// Where it came in.
     pub(super) listener: Address,
     pub(super) place: Place,
@@ -172,6 +159,7 @@ impl Server {
         bdev: &str,
         read_only: bool,
         description: String,
+        allow: AllowList,
     ) -> Result<(), ServerError> {
         if self.stopping {
             return Err(ServerError::Stopping);
@@ -190,7 +178,7 @@ impl Server {
         let bdev_name = descriptor.info().name.clone();
         tracing::info!(export = name, bdev = bdev_name, read_only, "NBD export created");
         let fence = Fence::default();
-        self.exports.insert(name, Export { id, bdev_name, description, read_only, descriptor, fence });
+        self.exports.insert(name, Export { id, bdev_name, description, read_only, allow, descriptor, fence });
         Ok(())
     }
 
@@ -232,7 +220,7 @@ impl Server {
         &mut self,
         cx: &mut Turn<'_>,
         address: &Address,
-        dialect: Dialect,
+        speech: Speech,
         export: Option<String>,
     ) -> Result<Address, ServerError> {
         if self.stopping {
@@ -241,21 +229,19 @@ impl Server {
         if self.listeners.iter().any(|l| l.address() == address) {
             return Err(ServerError::ListenerExists(address.clone()));
         }
-        if let Some(name) = export.as_deref().filter(|name| self.exports.get(name).is_none()) {
-            tracing::warn!(%address, export = name, "the listener's export does not exist yet");
+        if let Some(name) = export.as_deref() {
+            match self.exports.get(name) {
+                Some(export) => speech.fits(name, export.size())?,
+                None => tracing::warn!(%address, export = name, "the listener's export does not exist yet"),
+            }
         }
-        let fixed_newstyle = dialect != Dialect::Newstyle;
-        let options = AcceptorOptions {
-            settings: Settings { fixed_newstyle, ..Settings::default() },
-            timeout: self.options.handshake_timeout,
-            max_handshakes: self.options.max_handshakes,
-        };
+        let options = speech.options(&self.options)?;
         let watch = |e| ServerError::Watch(address.clone(), e);
         let acceptor = Acceptor::new(Listener::bind(address)?, options).map_err(watch)?;
         cx.watch(acceptor.wait_fd()).map_err(|e| watch(e.into()))?;
         let bound = acceptor.address().clone();
-        tracing::info!(address = %bound, ?dialect, "listening for NBD");
-        self.listeners.push(Listening { acceptor, dialect, export });
+        tracing::info!(address = %bound, dialect = ?speech.dialect, tls = ?speech.tls, "listening for NBD");
+        self.listeners.push(Listening { acceptor, speech, export });
         Ok(bound)
     }
 
@@ -316,7 +302,7 @@ impl Server {
     /// A lane has let go of a connection.
     pub(super) fn connection_ended(&mut self, cx: &mut Turn<'_>, id: u64, why: &str) {
         let Some(gone) = self.connections.remove(&id) else { return };
-        tracing::info!(id, peer = %gone.peer, export = gone.export_name, why, "NBD client has gone");
+        tracing::info!(id, peer = %gone.who, export = gone.export_name, why, "NBD client has gone");
         let (ready, others) =
             std::mem::take(&mut self.waiters).into_iter().partition(|(which, _)| !self.has(*which));
         self.waiters = others;
@@ -420,14 +406,15 @@ impl Server {
         let id = self.take_id();
         let reactor = place.reactor().clone();
         tracing::info!(
-            id, peer = %accepted.peer, %listener, export = export_name, reactor = reactor.name(), "NBD client connected"
+            id, peer = %accepted.who, %listener, export = export_name, reactor = reactor.name(),
+            framing = ?accepted.chosen.agreed.framing, "NBD client connected"
         );
         self.connections.insert(
             id,
             Connected {
                 export: new.export,
                 export_name,
-                peer: accepted.peer,
+                who: accepted.who,
                 listener: listener.clone(),
                 place,
                 stats,

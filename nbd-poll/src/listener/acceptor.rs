@@ -2,13 +2,17 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nbd_proto::haggle::{Catalog, Chosen, Outcome, Settings};
+use nbd_proto::haggle::{Chosen, Outcome, Settings};
 use rustix::event::{Timespec, epoll};
+use rustls::ServerConfig;
 
 use super::address::{Address, Peer};
 use super::handshake::{Handshake, HandshakeError, Progress};
+use super::identity::{Identity, Shelf};
+use super::link::Socket;
 use super::socket::Listener;
 
 /// Connections accepted in one turn.
@@ -19,10 +23,12 @@ const PAUSE: Duration = Duration::from_millis(200);
 const LISTENER: u64 = u64::MAX;
 
 /// Limits of an [`Acceptor`].
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct AcceptorOptions {
     /// How the server introduces itself.
     pub settings: Settings,
+    /// Keys, where the settings have TLS.
+    pub tls: Option<Arc<ServerConfig>>,
     /// How long a client may take to choose an export.
     pub timeout: Duration,
     /// Handshakes at once; more connections wait in the listener's backlog.
@@ -31,17 +37,22 @@ pub struct AcceptorOptions {
 
 impl Default for AcceptorOptions {
     fn default() -> Self {
-        Self { settings: Settings::default(), timeout: Duration::from_secs(10), max_handshakes: 64 }
+        Self {
+            settings: Settings::default(),
+            tls: None,
+            timeout: Duration::from_secs(10),
+            max_handshakes: 64,
+        }
     }
 }
 
 /// A connection in its transmission phase.
 #[derive(Debug)]
 pub struct Accepted {
-    /// Non-blocking; its next byte is the first of a request.
-    pub socket: OwnedFd,
+    /// Non-blocking.
+    pub socket: Socket,
     /// Who it is.
-    pub peer: Peer,
+    pub who: Identity,
     /// What it chose.
     pub chosen: Chosen,
 }
@@ -52,9 +63,9 @@ pub enum Event {
     /// It chose an export.
     Accepted(Accepted),
     /// It said good-bye: it only wanted to know something.
-    Left(Peer),
+    Left(Identity),
     /// It was closed.
-    Failed(Peer, HandshakeError),
+    Failed(Identity, HandshakeError),
     /// Connections cannot be accepted for a moment; it goes on by itself.
     Paused(io::Error),
 }
@@ -118,13 +129,7 @@ impl Acceptor {
 
     /// Accepts and goes on with what is ready. `room`: connections that there may be besides those known so far,
     /// handshakes not counted. Appends to `events`; true if there was anything to do.
-    pub fn poll(
-        &mut self,
-        now: Instant,
-        room: usize,
-        catalog: &dyn Catalog,
-        events: &mut Vec<Event>,
-    ) -> bool {
+    pub fn poll(&mut self, now: Instant, room: usize, shelf: &dyn Shelf, events: &mut Vec<Event>) -> bool {
         let mut ready =
             [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) };
                 ACCEPTS_PER_TURN * 2];
@@ -132,8 +137,8 @@ impl Acceptor {
         let n = epoll::wait(&self.epoll, &mut ready[..], Some(&Timespec::default())).unwrap_or(0);
         for event in &ready[..n] {
             match event.data.u64() {
-                LISTENER => self.accept(now, room, catalog, events),
-                place => self.turn(place as usize, catalog, events),
+                LISTENER => self.accept(now, room, shelf, events),
+                place => self.turn(place as usize, shelf, events),
             }
         }
         let expired = self.expire(now, events);
@@ -155,7 +160,7 @@ impl Acceptor {
         }
     }
 
-    fn accept(&mut self, now: Instant, room: usize, catalog: &dyn Catalog, events: &mut Vec<Event>) {
+    fn accept(&mut self, now: Instant, room: usize, shelf: &dyn Shelf, events: &mut Vec<Event>) {
         for _ in 0..ACCEPTS_PER_TURN {
             if self.stopping || self.paused.is_some() || self.active >= self.options.max_handshakes {
                 return;
@@ -163,9 +168,9 @@ impl Acceptor {
             match self.listener.accept() {
                 Ok(None) => return,
                 Ok(Some((_, peer))) if self.active >= room => {
-                    events.push(Event::Failed(peer, HandshakeError::Full));
+                    events.push(Event::Failed(Identity { peer, tls: None }, HandshakeError::Full));
                 }
-                Ok(Some((socket, peer))) => self.begin(now, socket, peer, catalog, events),
+                Ok(Some((socket, peer))) => self.begin(now, socket, peer, shelf, events),
                 Err(e) => {
                     self.paused = Some(now + PAUSE);
                     events.push(Event::Paused(e));
@@ -179,59 +184,66 @@ impl Acceptor {
         now: Instant,
         socket: OwnedFd,
         peer: Peer,
-        catalog: &dyn Catalog,
+        shelf: &dyn Shelf,
         events: &mut Vec<Event>,
     ) {
         let place = self.handshakes.iter().position(Option::is_none).unwrap_or(self.handshakes.len());
         let data = epoll::EventData::new_u64(place as u64);
         if let Err(e) = epoll::add(&self.epoll, &socket, data, epoll::EventFlags::IN) {
-            return events.push(Event::Failed(peer, HandshakeError::Failed(e.into())));
+            let who = Identity { peer, tls: None };
+            return events.push(Event::Failed(who, HandshakeError::Failed(e.into())));
         }
         if place == self.handshakes.len() {
             self.handshakes.push(None);
         }
         let deadline = now + self.options.timeout;
-        self.handshakes[place] = Some(Handshake::new(socket, peer, self.options.settings, deadline));
+        self.handshakes[place] =
+            Some(Handshake::new(socket, peer, self.options.settings, self.options.tls.clone(), deadline));
         self.active += 1;
-        self.turn(place, catalog, events);
+        self.turn(place, shelf, events);
     }
 
-    fn turn(&mut self, place: usize, catalog: &dyn Catalog, events: &mut Vec<Event>) {
+    fn turn(&mut self, place: usize, shelf: &dyn Shelf, events: &mut Vec<Event>) {
         let Some(handshake) = self.handshakes.get_mut(place).and_then(Option::as_mut) else { return };
-        let interest = match handshake.turn(catalog) {
+        let interest = match handshake.turn(shelf) {
             Ok(Progress::Read) => epoll::EventFlags::IN,
             Ok(Progress::Write) => epoll::EventFlags::OUT,
             Ok(Progress::Done) => return self.done(place, events),
             Err(e) => return self.fail(place, e, events),
         };
         let data = epoll::EventData::new_u64(place as u64);
-        if let Err(e) = epoll::modify(&self.epoll, &handshake.socket, data, interest) {
-            self.fail(place, HandshakeError::Failed(e.into()), events);
+        let armed = match handshake.socket() {
+            Ok(socket) => epoll::modify(&self.epoll, socket, data, interest).map_err(io::Error::from),
+            Err(_) => Ok(()),
+        };
+        if let Err(e) = armed {
+            self.fail(place, HandshakeError::Failed(e), events);
         }
     }
 
     fn done(&mut self, place: usize, events: &mut Vec<Event>) {
         let Some(handshake) = self.take(place) else { return };
-        let peer = handshake.peer;
-        events.push(match handshake.outcome().cloned() {
-            Some(Outcome::Transmission(chosen)) => {
-                Event::Accepted(Accepted { socket: handshake.socket, peer, chosen })
+        let (socket, who, outcome) = handshake.into_parts();
+        events.push(match (outcome, socket) {
+            (Some(Outcome::Transmission(chosen)), Some(socket)) => {
+                Event::Accepted(Accepted { socket, who, chosen })
             }
-            // TLS is off, so nobody gets as far as that.
-            Some(Outcome::Aborted | Outcome::StartTls) | None => Event::Left(peer),
+            _ => Event::Left(who),
         });
     }
 
     fn fail(&mut self, place: usize, why: HandshakeError, events: &mut Vec<Event>) {
         if let Some(handshake) = self.take(place) {
-            events.push(Event::Failed(handshake.peer, why));
+            events.push(Event::Failed(handshake.who, why));
         }
     }
 
     fn take(&mut self, place: usize) -> Option<Handshake> {
-        let handshake = self.handshakes.get_mut(place)?.take()?;
+        let mut handshake = self.handshakes.get_mut(place)?.take()?;
         // The socket may live on elsewhere, so it must be told to go.
-        let _ = epoll::delete(&self.epoll, &handshake.socket);
+        if let Ok(socket) = handshake.socket() {
+            let _ = epoll::delete(&self.epoll, socket);
+        }
         self.active -= 1;
         Some(handshake)
     }

@@ -2,13 +2,17 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Instant;
 
-use nbd_proto::haggle::{self, Catalog, MAX_INPUT, Outcome, ServerHaggle, Settings};
-use rustix::io::Errno;
-use rustix::net::SendFlags;
+use nbd_proto::haggle::{self, MAX_INPUT, Outcome, ServerHaggle, Settings};
+use rustls::ServerConfig;
 
 use super::address::Peer;
+use super::identity::{Identity, Seen, Shelf};
+use super::link::Socket;
+use crate::stream::Moved;
+use crate::tls;
 
 /// Steps of one turn, so that one client cannot keep the thread.
 const STEPS_PER_TURN: usize = 64;
@@ -29,6 +33,12 @@ pub enum HandshakeError {
     /// As many connections as there may be.
     #[error("there are as many connections as max_connections allows")]
     Full,
+    /// Bytes in the clear where TLS begins.
+    #[error("bytes in the clear behind STARTTLS")]
+    Plaintext,
+    /// There is no TLS between the two.
+    #[error("TLS is not established: {0}")]
+    Tls(io::Error),
     /// The server ended meanwhile.
     #[error("the server is about to end")]
     Stopped,
@@ -50,40 +60,78 @@ pub(super) enum Progress {
 
 #[derive(Debug)]
 pub(super) struct Handshake {
-    pub(super) socket: OwnedFd,
-    pub(super) peer: Peer,
+    /// `None` only after TLS could not even be begun.
+    socket: Option<Socket>,
+    pub(super) who: Identity,
     pub(super) deadline: Instant,
     haggle: ServerHaggle,
+    /// For STARTTLS, until then.
+    tls: Option<Arc<ServerConfig>>,
+    /// TLS is being established.
+    shaking_hands: bool,
     /// Read and not used yet: never more than the present message of the handshake.
     input: Vec<u8>,
 }
 
 impl Handshake {
-    pub(super) fn new(socket: OwnedFd, peer: Peer, settings: Settings, deadline: Instant) -> Self {
-        Self { socket, peer, deadline, haggle: ServerHaggle::new(settings), input: Vec::new() }
+    pub(super) fn new(
+        socket: OwnedFd,
+        peer: Peer,
+        settings: Settings,
+        tls: Option<Arc<ServerConfig>>,
+        deadline: Instant,
+    ) -> Self {
+        Self {
+            socket: Some(Socket::Plain(socket)),
+            who: Identity { peer, tls: None },
+            deadline,
+            haggle: ServerHaggle::new(settings),
+            tls,
+            shaking_hands: false,
+            input: Vec::new(),
+        }
     }
 
     /// Goes on until it has to wait.
-    pub(super) fn turn(&mut self, catalog: &dyn Catalog) -> Result<Progress, HandshakeError> {
+    pub(super) fn turn(&mut self, shelf: &dyn Shelf) -> Result<Progress, HandshakeError> {
         for _ in 0..STEPS_PER_TURN {
+            if self.shaking_hands && !self.shake_hands()? {
+                return Ok(if self.socket()?.flush()? { Progress::Read } else { Progress::Write });
+            }
             if !self.send()? {
                 return Ok(Progress::Write);
             }
-            if self.haggle.outcome().is_some() {
-                return Ok(Progress::Done);
+            match self.haggle.outcome() {
+                Some(Outcome::StartTls) => {
+                    self.start_tls()?;
+                    continue;
+                }
+                Some(_) => return Ok(Progress::Done),
+                None => {}
             }
-            let used = self.haggle.handle_input(&self.input, catalog).map_err(HandshakeError::Protocol)?;
+            let seen = Seen { shelf, who: &self.who };
+            let used = self.haggle.handle_input(&self.input, &seen).map_err(HandshakeError::Protocol)?;
             self.input.drain(..used);
-            if used == 0 && self.haggle.transmit().is_empty() && !self.read()? {
+            let idle = used == 0 && self.haggle.transmit().is_empty() && self.haggle.outcome().is_none();
+            if idle && !self.read()? {
                 return Ok(Progress::Read);
             }
         }
         Ok(Progress::Write)
     }
 
-    /// How it ended; after [`Progress::Done`].
-    pub(super) fn outcome(&self) -> Option<&Outcome> {
-        self.haggle.outcome()
+    /// The client's socket.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub(super) fn socket(&mut self) -> Result<&mut Socket, HandshakeError> {
+        self.socket.as_mut().ok_or(HandshakeError::Closed)
+    }
+
+    /// What became of it: the socket and how the handshake ended, if it did.
+    pub(super) fn into_parts(self) -> (Option<Socket>, Identity, Option<Outcome>) {
+        let outcome = self.haggle.outcome().cloned();
+        (self.socket, self.who, outcome)
     }
 
     /// Refuses whatever the client asks for from now on.
@@ -91,19 +139,41 @@ impl Handshake {
         self.haggle.stop();
     }
 
+    /// The client has STARTTLS acknowledged. What it may have sent behind that in the clear is in the socket still,
+    /// where TLS finds it and gives up: nobody can slip options of his own in front of the client's.
+    fn start_tls(&mut self) -> Result<(), HandshakeError> {
+        if !self.input.is_empty() {
+            return Err(HandshakeError::Plaintext);
+        }
+        let config = self.tls.take().ok_or(HandshakeError::Plaintext)?;
+        let socket = self.socket.take().ok_or(HandshakeError::Closed)?;
+        self.socket = Some(socket.encrypt(config)?);
+        self.shaking_hands = true;
+        Ok(())
+    }
+
+    /// True when TLS is established.
+    fn shake_hands(&mut self) -> Result<bool, HandshakeError> {
+        let done = self.socket()?.shake_hands().map_err(HandshakeError::Tls)? == tls::Handshake::Done;
+        if done {
+            self.shaking_hands = false;
+            self.who.tls = self.socket()?.identity();
+            self.haggle.encrypted();
+        }
+        Ok(done)
+    }
+
     /// Sends what there is; false if the socket is full.
     fn send(&mut self) -> Result<bool, HandshakeError> {
         while !self.haggle.transmit().is_empty() {
-            let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-            match rustix::net::send(&self.socket, self.haggle.transmit(), flags) {
-                Ok(n) => self.haggle.transmitted(n),
-                Err(Errno::AGAIN) => return Ok(false),
-                Err(Errno::INTR) => {}
-                Err(Errno::PIPE | Errno::CONNRESET) => return Err(HandshakeError::Closed),
-                Err(e) => return Err(HandshakeError::Failed(e.into())),
+            let socket = self.socket.as_mut().ok_or(HandshakeError::Closed)?;
+            match socket.send(self.haggle.transmit())? {
+                Moved::Some(n) => self.haggle.transmitted(n),
+                Moved::WouldBlock => return Ok(false),
+                Moved::End => return Err(HandshakeError::Closed),
             }
         }
-        Ok(true)
+        Ok(self.socket()?.flush()?)
     }
 
     /// Reads what the handshake is missing and not a byte more: what follows belongs to the transmission phase. False
@@ -115,18 +185,13 @@ impl Handshake {
             return Ok(true);
         }
         self.input.resize(have + missing, 0);
-        let result = loop {
-            match rustix::io::read(&self.socket, &mut self.input[have..]) {
-                Err(Errno::INTR) => {}
-                result => break result,
-            }
-        };
-        self.input.truncate(have + *result.as_ref().unwrap_or(&0));
-        match result {
-            Ok(0) | Err(Errno::CONNRESET) => Err(HandshakeError::Closed),
-            Ok(_) => Ok(true),
-            Err(Errno::AGAIN) => Ok(false),
-            Err(e) => Err(HandshakeError::Failed(e.into())),
+        let socket = self.socket.as_mut().ok_or(HandshakeError::Closed)?;
+        let result = socket.receive(&mut self.input[have..]);
+        self.input.truncate(have + if let Ok(Moved::Some(n)) = result { n } else { 0 });
+        match result? {
+            Moved::Some(_) => Ok(true),
+            Moved::WouldBlock => Ok(false),
+            Moved::End => Err(HandshakeError::Closed),
         }
     }
 }

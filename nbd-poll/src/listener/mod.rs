@@ -8,9 +8,13 @@
 mod acceptor;
 mod address;
 mod handshake;
+mod identity;
+mod link;
 mod socket;
 
 pub use acceptor::{Accepted, Acceptor, AcceptorOptions, Event};
 pub use address::{Address, Peer};
 pub use handshake::HandshakeError;
+pub use identity::{Identity, Shelf, TlsIdentity};
+pub use link::{Encrypted, Socket};
 pub use socket::{ListenError, Listener};

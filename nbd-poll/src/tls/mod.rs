@@ -5,6 +5,10 @@
 
 pub mod files;
 pub(crate) mod pipe;
+pub mod server;
+mod subject;
+
+pub use subject::common_name;
 
 use std::io::{self, BufRead, Read, Write};
 
@@ -40,6 +44,16 @@ impl TlsStream {
     pub(crate) fn new(stream: Stream, mut tls: Connection) -> Self {
         tls.set_buffer_limit(Some(BUFFER));
         Self { stream, tls }
+    }
+
+    /// The socket below.
+    pub(crate) fn socket(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.stream.socket()
+    }
+
+    /// As [`Stream::wait_fd`].
+    pub(crate) fn wait_fd(&self) -> std::os::fd::RawFd {
+        self.stream.wait_fd()
     }
 
     pub(crate) fn stream(&mut self) -> &mut Stream {

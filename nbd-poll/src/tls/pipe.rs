@@ -89,8 +89,11 @@ impl Pipe {
     }
 
     /// As [`Stream::wait_fd`].
-    pub(crate) fn wait_fd(&mut self) -> RawFd {
-        self.stream().wait_fd()
+    pub(crate) fn wait_fd(&self) -> RawFd {
+        match self {
+            Self::Plain(stream) => stream.wait_fd(),
+            Self::Tls(tls) => tls.wait_fd(),
+        }
     }
 
     /// As [`Stream::want`].
@@ -98,13 +101,13 @@ impl Pipe {
         self.stream().want(read, write);
     }
 
-    /// See [`Stream::reset_on_close`].
-    pub(crate) fn reset_on_close(&mut self) {
-        self.stream().reset_on_close();
-    }
-
     /// As [`Stream::forget`].
     pub(crate) fn forget(&mut self) {
         self.stream().forget();
+    }
+
+    /// See [`Stream::reset_on_close`].
+    pub(crate) fn reset_on_close(&mut self) {
+        self.stream().reset_on_close();
     }
 }

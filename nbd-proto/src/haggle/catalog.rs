@@ -51,6 +51,8 @@ impl BlockSizes {
 pub enum Refusal {
     /// No export has this name.
     Unknown,
+    /// There may be one, but not without TLS.
+    TlsRequired,
     /// There is one, but not for this client or not now: the reason, for people, in fewer than 1000 bytes.
     Policy(String),
 }

@@ -475,6 +475,9 @@ fn refusal_text(name: &str, refusal: Refusal) -> (u32, String) {
             (rep::ERR_UNKNOWN, "there is no default export; ask for one by its name".into())
         }
         Refusal::Unknown => (rep::ERR_UNKNOWN, format!("there is no export named '{}'", shown(name))),
+        Refusal::TlsRequired => {
+            (rep::ERR_TLS_REQD, format!("'{}' requires TLS and a certificate", shown(name)))
+        }
         Refusal::Policy(why) => (rep::ERR_POLICY, why),
     }
 }

@@ -1,0 +1,177 @@
+//! Who may have an export.
+
+use std::net::IpAddr;
+
+use nbd_poll::listener::{Identity, Peer};
+use serde::{Deserialize, Serialize};
+
+use super::error::ServerError;
+
+/// One kind of client; all that is given must hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Allow {
+    /// Address or network of a client over TCP: 192.0.2.7, 192.0.2.0/24, fd00::/8.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    addr: Option<String>,
+    /// User of a client on a unix socket.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    uid: Option<u32>,
+    /// Common name in the client's certificate.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tls_cn: Option<String>,
+}
+
+/// A list of them; an empty one lets everybody in.
+#[derive(Clone, Debug, Default)]
+pub(super) struct AllowList(Vec<(Allow, Option<Network>)>);
+
+/// Addresses with the same first bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Network {
+    addr: IpAddr,
+    bits: u8,
+}
+
+/// What a client may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Access {
+    Granted,
+    /// Once it has shown a certificate, perhaps.
+    NeedsTls,
+    Denied,
+}
+
+impl AllowList {
+    /// Reads what was given.
+    ///
+    /// # Errors
+    /// [`ServerError::Allow`].
+    pub(super) fn new(entries: Vec<Allow>) -> Result<Self, ServerError> {
+        let entry = |allow: Allow| {
+            if allow == Allow::default() {
+                return Err(ServerError::Allow("an entry needs addr, uid or tls_cn".into()));
+            }
+            let network = allow.addr.as_deref().map(Network::parse).transpose()?;
+            Ok((allow, network))
+        };
+        entries.into_iter().map(entry).collect::<Result<_, _>>().map(Self)
+    }
+
+    /// As they were given.
+    pub(super) fn entries(&self) -> Vec<&Allow> {
+        self.0.iter().map(|(allow, _)| allow).collect()
+    }
+
+    /// What `who` may have.
+    pub(super) fn access(&self, who: &Identity) -> Access {
+        let place = |(allow, network): &(Allow, Option<Network>)| match who.peer {
+            Peer::Unix { uid, .. } => network.is_none() && allow.uid.is_none_or(|u| u == uid),
+            Peer::Tcp(addr) => allow.uid.is_none() && network.is_none_or(|n| n.has(addr.ip())),
+        };
+        let name = who.tls.as_ref().and_then(|t| t.common_name.as_deref());
+        let mut rest = self.0.iter().filter(|e| place(e)).map(|(allow, _)| allow.tls_cn.as_deref());
+        if self.0.is_empty() || rest.clone().any(|cn| cn.is_none() || cn == name) {
+            Access::Granted
+        } else if who.tls.is_none() && rest.next().is_some() {
+            Access::NeedsTls
+        } else {
+            Access::Denied
+        }
+    }
+}
+
+impl Network {
+    fn parse(text: &str) -> Result<Self, ServerError> {
+        let wrong = || {
+            let what =
+                format!("'{text}' is no address and no network; write 192.0.2.7, 192.0.2.0/24 or fd00::/8");
+            ServerError::Allow(what)
+        };
+        let (addr, bits) = text.split_once('/').map_or((text, None), |(a, b)| (a, Some(b)));
+        let addr: IpAddr = addr.parse().map_err(|_| wrong())?;
+        let most = if addr.is_ipv4() { 32 } else { 128 };
+        let bits: u8 = bits.map_or(Ok(most), str::parse).map_err(|_| wrong())?;
+        if bits > most { Err(wrong()) } else { Ok(Self { addr, bits }) }
+    }
+
+    /// IPv4 clients of a listener on `::` come with addresses of IPv6.
+    fn has(self, addr: IpAddr) -> bool {
+        match (self.addr, addr.to_canonical()) {
+            (IpAddr::V4(ours), IpAddr::V4(theirs)) => {
+                let differ = u32::from(ours) ^ u32::from(theirs);
+                differ.checked_shr(32 - u32::from(self.bits)).unwrap_or(0) == 0
+            }
+            (IpAddr::V6(ours), IpAddr::V6(theirs)) => {
+                let differ = u128::from(ours) ^ u128::from(theirs);
+                differ.checked_shr(128 - u32::from(self.bits)).unwrap_or(0) == 0
+            }
+            _ => false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nbd_poll::listener::TlsIdentity;
+
+    fn list(json: serde_json::Value) -> Result<AllowList, String> {
+        AllowList::new(serde_json::from_value(json).unwrap()).map_err(|e| e.to_string())
+    }
+
+    fn tcp(addr: &str, cn: Option<Option<&str>>) -> Identity {
+        let tls = cn.map(|cn| TlsIdentity { cipher: String::new(), common_name: cn.map(str::to_owned) });
+        Identity { peer: Peer::Tcp((addr.parse::<IpAddr>().unwrap(), 1).into()), tls }
+    }
+
+    fn unix(uid: u32) -> Identity {
+        Identity { peer: Peer::Unix { pid: 1, uid }, tls: None }
+    }
+
+    #[test]
+    fn networks_are_those_bits() {
+        let has = |network: &str, addr: &str| Network::parse(network).unwrap().has(addr.parse().unwrap());
+        for (network, inside, outside) in [
+            ("192.0.2.7", "192.0.2.7", "192.0.2.6"),
+            ("192.0.2.0/24", "192.0.2.255", "192.0.3.0"),
+            ("192.0.2.77/25", "192.0.2.127", "192.0.2.128"),
+            ("fd00::/8", "fdff::1", "fe00::1"),
+            ("192.0.2.0/24", "::ffff:192.0.2.9", "::192.0.2.9"),
+            ("::1", "::1", "127.0.0.1"),
+        ] {
+            assert!(has(network, inside) && !has(network, outside), "{network}");
+        }
+        assert!(has("0.0.0.0/0", "255.1.2.3") && !has("0.0.0.0/0", "fd00::1") && has("::/0", "fd00::1"));
+        for bad in ["", "host", "192.0.2.0/33", "::/129", "192.0.2.0/", "192.0.2.0/-1", "192.0.2/24"] {
+            assert!(Network::parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn parts_of_an_entry_hold_together() {
+        let all = list(serde_json::json!([])).unwrap();
+        assert_eq!(all.access(&unix(5)), Access::Granted);
+        let some = list(serde_json::json!([
+            {"addr": "10.0.0.0/8"}, {"uid": 7}, {"addr": "192.0.2.0/24", "tls_cn": "alice"}, {"tls_cn": "bob"},
+        ]))
+        .unwrap();
+        for (who, access) in [
+            (tcp("10.1.2.3", None), Access::Granted),
+            (unix(7), Access::Granted),
+            (unix(0), Access::NeedsTls),
+            (tcp("192.0.2.1", None), Access::NeedsTls),
+            (tcp("192.0.2.1", Some(Some("alice"))), Access::Granted),
+            (tcp("192.0.3.1", Some(Some("alice"))), Access::Denied),
+            (tcp("192.0.3.1", Some(Some("bob"))), Access::Granted),
+            (tcp("192.0.3.1", Some(None)), Access::Denied),
+        ] {
+            assert_eq!(some.access(&who), access, "{who}");
+        }
+        let local = list(serde_json::json!([{"uid": 7}])).unwrap();
+        assert_eq!(local.access(&unix(8)), Access::Denied);
+        assert_eq!(local.access(&tcp("10.0.0.1", None)), Access::Denied);
+        assert!(list(serde_json::json!([{}])).unwrap_err().contains("needs addr, uid or tls_cn"));
+        assert!(list(serde_json::json!([{"addr": "10.0.0.0/99"}])).unwrap_err().contains("no network"));
+    }
+}
