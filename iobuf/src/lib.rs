@@ -7,10 +7,12 @@
 //! Peers may write into a region at any time (that is what RDMA is for), so no Rust reference into one is ever
 //! made from code that cannot rule this out: copies go through [`Region::copy_out`] and [`Region::copy_in`].
 
+mod fault;
 mod pool;
 mod region;
 mod registry;
 
+pub use fault::losses;
 pub use pool::{Buffer, Pool};
 pub use region::{MapError, PAGE_SIZE, Region, Segment};
 pub use registry::{RegionId, Registry, Snapshot};

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
+use crate::fault::Guard;
 use crate::registry::RegionId;
 
 /// Every region starts on, and is a whole number of, these (x86-64 and most arm64 hosts).
@@ -63,6 +64,8 @@ pub struct Region {
     generation: Option<Arc<AtomicU64>>,
     /// Pages are another process's too: giving them back would not zero them.
     shared: bool,
+    /// Of shared memory.
+    guard: Option<Guard>,
 }
 
 // SAFETY: `Region` owns the mapping and hands out only raw pointers and copies; which thread touches which bytes
@@ -109,7 +112,7 @@ impl Region {
         // (no transparent huge pages in this kernel) costs speed only.
         let _ = unsafe { rustix::mm::madvise(base, rounded, Advice::LinuxHugepage) };
         let base = NonNull::new(base.cast()).expect("mmap never returns null on success");
-        Ok(Self { base, len: rounded, id, generation, shared: false })
+        Ok(Self { base, len: rounded, id, generation, shared: false, guard: None })
     }
 
     /// Maps `len` bytes at `offset` of the file `fd`, shared. Both are whole pages of it.
@@ -141,7 +144,16 @@ impl Region {
         }
         .map_err(refused)?;
         let base = NonNull::new(base.cast()).expect("mmap never returns null on success");
-        Ok(Self { base, len, id, generation, shared: true })
+        // SAFETY: the mapping just made, which `drop` ends after the guard. Only raw pointers lead to it, whose users
+        // expect the bytes to change at any time, and to have changed to zeroes is no different.
+        let guard = unsafe { Guard::new(base.as_ptr(), len) };
+        Ok(Self { base, len, id, generation, shared: true, guard })
+    }
+
+    /// Shared memory whose other side has taken it away: it has been replaced by zeroed memory that nobody else sees.
+    /// [`crate::losses`] tells when to ask.
+    pub fn is_lost(&self) -> bool {
+        self.guard.as_ref().is_some_and(Guard::is_lost)
     }
 
     /// First byte. Valid for reads and writes of [`Region::len`] bytes while the region lives.
@@ -261,6 +273,8 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
+        // Other memory may be mapped there next.
+        self.guard = None;
         // SAFETY: the mapping made in `with_id` or `shared_with_id`, unmapped exactly once. Segments do not outlive it by the contract
         // of `segment`.
         let result = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };

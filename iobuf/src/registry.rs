@@ -60,8 +60,8 @@ impl Registry {
     /// Maps `len` bytes at `offset` of the file `fd`, memory that another process shares with this one (a guest's),
     /// and gives it the first free id. The mapping outlives the descriptor.
     ///
-    /// Whoever else has the file can shrink it, and touching what is gone kills the process: accept it only from a peer
-    /// that may do that.
+    /// Whoever else has the file can shrink it, unless it is sealed. Then the whole mapping becomes zeroed memory of this
+    /// process, and [`Region::is_lost`].
     ///
     /// # Errors
     /// `Outside` unless it is whole pages inside the file; `Shared`, the kernel's refusal. Source: mmap(2).

@@ -103,6 +103,11 @@ impl InflightArea {
         Ok(Self { region: Region::shared(fd, offset, want)?, queues, queue_size })
     }
 
+    /// As [`crate::memory::GuestMemory::is_lost`].
+    pub(crate) fn is_lost(&self) -> bool {
+        self.region.is_lost()
+    }
+
     /// The part of queue `index`, whose ring has `size` entries.
     pub(crate) fn queue(&self, index: u16, size: u32) -> Result<Part, Broken> {
         if index >= self.queues {

@@ -55,6 +55,8 @@ pub(crate) struct Lane<D: Disk> {
     detaching: bool,
     /// Requests in flight, for the control thread to read.
     inflight: Arc<AtomicU32>,
+    /// Of [`iobuf::losses`], when the session was last told.
+    losses: u64,
 }
 
 struct LanePoller<D: Disk>(Rc<RefCell<Lane<D>>>);
@@ -105,11 +107,21 @@ impl<D: Disk> Lane<D> {
         if ending {
             self.end(cx);
         }
+        self.look_for_losses();
         if busy {
             let inflight: usize = self.queues.iter().flatten().map(|s| s.queue.outstanding()).sum();
             self.inflight.store(inflight as u32, Ordering::Relaxed);
         }
         busy
+    }
+
+    /// Memory of some front end is gone: the session knows whether it is its own.
+    fn look_for_losses(&mut self) {
+        let losses = iobuf::losses();
+        if losses != self.losses {
+            self.losses = losses;
+            self.session.tell::<D>(Event::Loss);
+        }
     }
 
     /// Ends what waited for the last request in flight.
@@ -248,6 +260,8 @@ impl LaneHandle {
                 done: Vec::with_capacity(256),
                 detaching: false,
                 inflight,
+                // Whatever was lost between the mapping and now is found at the first turn.
+                losses: 0,
             }));
             let poller = cx.add_poller("vhost_blk", Box::new(LanePoller(lane.clone())));
             lane.borrow_mut().poller = Some(poller);

@@ -138,6 +138,11 @@ impl GuestMemory {
         self.regions.len()
     }
 
+    /// Some of it was taken away: its file is shorter than it was, or its file system full.
+    pub fn is_lost(&self) -> bool {
+        self.regions.iter().any(|r| r.region.is_lost())
+    }
+
     /// No memory at all.
     pub fn is_empty(&self) -> bool {
         self.regions.is_empty()

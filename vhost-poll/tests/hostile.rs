@@ -69,6 +69,28 @@ struct Place {
 
 type Break = fn(&mut Guest, &Place);
 
+/// The rings, the headers, the data: whatever is touched first when it is gone.
+#[test]
+fn a_front_end_that_truncates_its_memory_loses_its_connection_alone() {
+    let backend = Backend::start("truncate", MemDisk::new(1 << 20));
+    let mut other = Guest::connect(&backend, false);
+    for (packed, left) in [(false, 0), (true, 0), (false, 4096), (false, 8192), (true, 16384), (false, 65536)]
+    {
+        let mut guest = Guest::connect(&backend, packed);
+        guest.is_served("as long as its memory is there");
+        eventually("two front ends", || backend.with(|c, _| c.sessions().len()) == 2);
+        for _ in 0..4 {
+            let slot = guest.disk.take(0).unwrap();
+            assert!(guest.disk.submit(0, slot, OUT, 0, 512, true));
+        }
+        rustix::fs::ftruncate(guest.disk.ram.fd(), left).unwrap();
+        guest.disk.publish(0);
+        guest.disk.kick(0);
+        eventually("it is alone again", || backend.with(|c, _| c.sessions().len()) == 1);
+        other.is_served("another front end");
+    }
+}
+
 #[test]
 fn broken_split_rings_are_stopped() {
     let cases: [(&str, Break); 12] = [

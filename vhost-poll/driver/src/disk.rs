@@ -309,9 +309,14 @@ impl Disk {
     pub fn publish(&mut self, queue: usize) {
         let q = &mut self.queues[queue];
         if q.ring.publish() {
-            self.kicks += 1;
-            let _ = rustix::io::write(&q.kick, &1u64.to_ne_bytes());
+            self.kick(queue);
         }
+    }
+
+    /// Kicks the device, whether it wants that or not.
+    pub fn kick(&mut self, queue: usize) {
+        self.kicks += 1;
+        let _ = rustix::io::write(&self.queues[queue].kick, &1u64.to_ne_bytes());
     }
 
     /// The next completed request: its slot and status. The slot is free again.

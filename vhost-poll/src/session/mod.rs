@@ -54,6 +54,8 @@ pub(crate) enum Event {
     Swapped,
     /// A lane has let go of its disk.
     Detached,
+    /// Shared memory of some front end was taken away.
+    Loss,
     /// A lane is gone.
     Closed,
 }
@@ -290,6 +292,11 @@ impl<D: Disk> Session<D> {
                 self.one_stopped(cx, index);
             }
             Event::Swapped => self.one_swapped(cx),
+            Event::Loss => {
+                if self.memory.is_lost() || self.inflight.as_ref().is_some_and(InflightArea::is_lost) {
+                    self.lost(cx, &End::Truncated);
+                }
+            }
             Event::Detached => {
                 let Some((left, done)) = self.detaching.take() else { return };
                 match left - 1 {
@@ -391,6 +398,10 @@ pub(crate) enum End {
     NoQueue { index: u32, most: u16 },
     #[error("features {got:#x} of which {offered:#x} are offered")]
     Features { got: u64, offered: u64 },
+    #[error(
+        "the front end has taken its memory away: it made the file shorter, or the file system has no page left for it"
+    )]
+    Truncated,
     #[error("{0} while the queue runs; GET_VRING_BASE stops it")]
     Running(&'static str),
 }
