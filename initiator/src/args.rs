@@ -77,8 +77,9 @@ enum Command {
         access_mode=ro --ublk\n\
         {command_name} sessname=s1 path=ip:192.0.2.1 device_path=disk0 --nbd-socket /tmp/disk0.sock",
     note = "Words: sessname=NAME, device_path=PATH, path=[ip:SOURCE@]ip:SERVER (up to 6 of them), and optionally\n\
-        access_mode=ro|rw|migration (rw), dest_port=PORT (1234), provider=auto|rdma-core|soft-roce (auto),\n\
-        reconnect_delay_sec=, ctrlr_loss_timeout_sec=, fast_io_fail_timeout_sec= (as bdev_rnbd_map takes them).\n\
+        access_mode=ro|rw|migration (rw), dest_port=PORT (1234; once, or once for each path),\n\
+        provider=auto|rdma-core|soft-roce (auto), reconnect_delay_sec=, ctrlr_loss_timeout_sec=,\n\
+        fast_io_fail_timeout_sec=, stale_io_timeout_sec= (as bdev_rnbd_map takes them).\n\
         -m, -r, -L and --log-format as in rnbd-initiator --help."
 )]
 struct Map {

@@ -2,11 +2,16 @@
 
 mod world;
 
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use bdev::Status;
-use rnbd_initiator::bdev::State;
+use bdev::{Completions, Flags, IoChannel, IoRequest, Op, Segments, Status};
+use iobuf::Region;
+use rnbd_initiator::bdev::{Maps, State};
 use rnbd_proto::open::AccessMode;
+use rtrs_poll::client::Reconnect;
 use serde_json::json;
 use world::load::Load;
 use world::{Dir, Initiator, Net, Target, malloc, null, until, uring};
@@ -186,6 +191,8 @@ fn a_session_is_given_up_and_mapped_anew() {
     let initiator = Initiator::new(&net);
     let mut params = initiator.params("d", "u");
     params.session.ctrlr_loss = Some(Duration::from_millis(500));
+    // What was given up stays fenced for so long, as no path of the new session is known to the server.
+    params.session.stale_io = Duration::from_secs(1);
     initiator.map(params).unwrap();
     let load = Load::start(&initiator.manager, &initiator.reactors[0], "d", 8, 16);
     load.goes_on(50);
@@ -292,6 +299,7 @@ fn access_modes_and_refusals() {
     (p.sessname, p.session.port) = ("host4".into(), 9);
     let e = initiator.map(p).unwrap_err();
     assert!(e.errno() == 104 && e.to_string().contains("nobody listens"), "{e}");
+    assert!(e.to_string().contains("path 10.0.0.101@10.0.0.1:9: con 0"), "{e}");
     // Two writers.
     let mut p = initiator.params("w1", "m");
     p.sessname = "host5".into();
@@ -352,7 +360,6 @@ fn a_mapping_that_keeps_trying_waits_for_its_server() {
 
 #[test]
 fn paths_come_and_go() {
-    use std::sync::mpsc;
     let net = Net::loopback();
     let target = Target::start(&net, &[malloc("m", 512)], json!({"queue_depth": 32}));
     let initiator = Initiator::new(&net);
@@ -407,4 +414,131 @@ fn paths_come_and_go() {
     assert!(stats.len() == 1 && stats[0].2.wr_cnt > 0, "{stats:?}");
     initiator.run(|m| m.reset_path_stats(Instant::now(), None, None)).unwrap();
     assert_eq!(initiator.run(|m| m.path_stats(Instant::now(), None, None)).unwrap()[0].2.wr_cnt, 0);
+}
+
+/// Malloc disk `name` whose requests take `ms`.
+fn slow(name: &str, ms: u64) -> [serde_json::Value; 2] {
+    let base = format!("base_of_{name}");
+    let us = ms * 1000;
+    let delay = json!({"method": "bdev_delay_create", "params": {"name": name, "base_bdev_name": base,
+        "avg_read_latency": us, "p99_read_latency": us, "avg_write_latency": us, "p99_write_latency": us}});
+    [malloc(&base, 512), delay]
+}
+
+fn request(op: Op, memory: &Arc<Region>, lba: u64, blocks: usize, cookie: u64) -> IoRequest {
+    // SAFETY: tests keep the memory to their end.
+    let segments = Segments::from_iter(unsafe { memory.segment(0, blocks * 512) });
+    IoRequest { op, flags: Flags::NONE, lba, blocks: blocks as u64, segments, cookie }
+}
+
+fn inflight(initiator: &Initiator) -> u64 {
+    let stats = initiator.run(|m| m.path_stats(Instant::now(), Some("host1"), None)).unwrap();
+    stats.iter().map(|(_, _, s)| s.inflight).sum()
+}
+
+/// Its memory is its owner's again, though the server has not answered.
+fn a_dropped_channel_lets_go(net: &Net) {
+    struct Kept(RefCell<Option<IoChannel>>);
+    let target = Target::start(net, &slow("m", 1000), json!({"queue_depth": 32}));
+    let initiator = Initiator::new(net);
+    initiator.map(initiator.params("m", "m")).unwrap();
+    let memory = initiator.manager.registry().map(65536).unwrap();
+    let descriptor = initiator.manager.open("m", bdev::Mode::ReadWrite, Box::new(|_| ())).unwrap();
+    let reactor = initiator.reactors[0].clone();
+    let (m, d) = (memory.clone(), descriptor.clone());
+    reactor.send(move |cx| {
+        let mut channel = d.channel().unwrap();
+        for cookie in 0..4 {
+            channel.submit(request(Op::Read, &m, cookie * 128, 128, cookie)).unwrap();
+        }
+        channel.kick();
+        cx.set_local(Rc::new(Kept(RefCell::new(Some(channel)))));
+    });
+    until("they are under way", || inflight(&initiator) == 4);
+    let (tx, dropped) = mpsc::channel();
+    let began = Instant::now();
+    reactor.send(move |cx| {
+        let kept = cx.local::<Kept>().unwrap();
+        drop(kept.0.borrow_mut().take());
+        tx.send(()).unwrap();
+    });
+    dropped.recv_timeout(world::PATIENCE).expect("the drop ends");
+    assert!(
+        began.elapsed() < Duration::from_millis(900),
+        "nobody waits for the server: {:?}",
+        began.elapsed()
+    );
+    assert_eq!(inflight(&initiator), 0);
+    let pattern = vec![0xa5; 65536];
+    assert!(memory.copy_in(0, &pattern));
+    drop(descriptor);
+    // The path is lost and comes back, and others go on.
+    let load = Load::start(&initiator.manager, &reactor, "m", 4, 16);
+    load.goes_on(8);
+    load.stop().good();
+    let mut now = vec![0; 65536];
+    assert!(memory.copy_out(0, &mut now));
+    assert!(now == pattern, "late data in memory that was given back");
+    initiator.unmap("m", false).unwrap();
+    drop(target);
+}
+
+#[test]
+fn a_channel_that_is_dropped_lets_go_of_its_memory() {
+    a_dropped_channel_lets_go(&Net::loopback());
+}
+
+#[test]
+fn a_channel_that_is_dropped_lets_go_of_its_memory_over_soft_roce() {
+    a_dropped_channel_lets_go(&Net::SoftRoce(3));
+}
+
+/// While a path is away, what was in flight there is not overwritten; everything else goes on.
+#[test]
+fn a_lost_path_fences_what_it_carried() {
+    let net = Net::loopback();
+    let target = Target::start(&net, &slow("m", 300), json!({"queue_depth": 32}));
+    let initiator = Initiator::new(&net);
+    let mut params = initiator.params("m", "m");
+    params.session.paths.push(net.path(1));
+    params.session.reconnect = Reconnect { delay: Duration::from_secs(60), max_attempts: None };
+    params.session.stale_io = Duration::from_secs(60);
+    initiator.map(params).unwrap();
+    until("both are there", || target.paths().len() == 2);
+    let memory = initiator.manager.registry().map(4096).unwrap();
+    let descriptor = initiator.manager.open("m", bdev::Mode::ReadWrite, Box::new(|_| ())).unwrap();
+    let mut channel = descriptor.channel().unwrap();
+    let mut done = Completions::new();
+    let mut wait = |channel: &mut IoChannel, cookies: &[u64]| {
+        until(&format!("{cookies:?} complete"), || channel.poll(&mut done) && done.len() == cookies.len());
+        let mut got: Vec<_> = done.drain(..).map(|c| (c.cookie, c.status)).collect();
+        got.sort_unstable_by_key(|(c, _)| *c);
+        assert_eq!(got, cookies.iter().map(|c| (*c, Status::Ok)).collect::<Vec<_>>());
+    };
+    // By the first path and by the second.
+    channel.submit(request(Op::Write, &memory, 0, 8, 1)).unwrap();
+    channel.submit(request(Op::Write, &memory, 100, 8, 2)).unwrap();
+    channel.kick();
+    until("they are under way", || inflight(&initiator) == 2);
+    let lost = format!("@ip:{}", net.address(true, 0));
+    assert_eq!(target.disconnect(&lost), 1);
+    wait(&mut channel, &[1, 2]);
+    let (first, second) = (request(Op::Write, &memory, 4, 8, 3), request(Op::Write, &memory, 104, 8, 4));
+    channel.submit(first).unwrap();
+    channel.submit(second).unwrap();
+    channel.submit(request(Op::Read, &memory, 0, 8, 5)).unwrap();
+    channel.kick();
+    wait(&mut channel, &[4, 5]);
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(!channel.poll(&mut Completions::new()), "it would overwrite what the lost path may still write");
+    let name = format!("{}@{}", net.address(false, 0), net.address(true, 0));
+    let (tx, rx) = mpsc::channel();
+    Maps::send(&initiator.control, move |m, cx| {
+        m.reconnect_path(cx, "host1", &name, Box::new(move |r| tx.send(r).unwrap()));
+    });
+    rx.recv_timeout(world::PATIENCE).expect("an answer in time").unwrap();
+    wait(&mut channel, &[3]);
+    drop(channel);
+    drop(descriptor);
+    initiator.unmap("m", false).unwrap();
 }

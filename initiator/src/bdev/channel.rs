@@ -8,6 +8,7 @@ use std::thread::LocalKey;
 
 use bdev::{Channel, Completions, IoRequest, Rejected, Status};
 use iobuf::{MapError, Pool, Registry};
+use rnbd_proto::Errno;
 use rtrs_poll::client::SessionId;
 
 use super::disk::RemoteDisk;
@@ -46,12 +47,17 @@ impl Link for SessionId {
     }
 }
 
+/// Takes messages back that are in flight, by their cookies: nothing of them comes any more, neither answers nor data.
+pub(super) type Abandon = Box<dyn Fn(&[u64])>;
+
 /// What a reactor has of bdev_rnbd, or of bdev_nbd.
 pub struct Here<S = SessionId> {
     disks: RefCell<Disks<S>>,
     registry: Arc<Registry>,
     /// Channels of other threads: their number and that of theirs in `disks`.
     remote: RefCell<Vec<(u64, u32)>>,
+    /// See [`Here::set_abandon`].
+    abandon: RefCell<Option<Abandon>>,
     /// Of the reactor, in the list that sessions go by.
     pub index: usize,
 }
@@ -60,7 +66,13 @@ impl<S: Link> Here<S> {
     /// For the thread's lane, which owns it: the last one wins.
     pub fn install(index: usize, registry: Arc<Registry>) -> Rc<Self> {
         let disks = Disks { any_memory: S::ANY_MEMORY, keeps_space: S::KEEPS_SPACE, ..Disks::default() };
-        let here = Rc::new(Self { disks: disks.into(), registry, remote: RefCell::default(), index });
+        let here = Rc::new(Self {
+            disks: disks.into(),
+            registry,
+            remote: RefCell::default(),
+            abandon: RefCell::default(),
+            index,
+        });
         S::key().with(|h| *h.borrow_mut() = Rc::downgrade(&here));
         here
     }
@@ -92,10 +104,26 @@ impl<S: Link> Here<S> {
             None => {
                 let (gate, patience) = disk.gate(self.index);
                 let shift = bdev::Bdev::info(disk).block_size.trailing_zeros();
-                disks.devices.insert(Device::new(disk.number(), shift, patience, gate))
+                let device = Device::new(disk.number(), shift, patience, gate);
+                disks.devices.insert(Device { fence: disk.fence().clone(), ..device })
             }
         };
         Ok(disks.open_channel(device, remote))
+    }
+
+    /// How the lane lets go of what is in flight when its user leaves without waiting.
+    pub(super) fn set_abandon(&self, abandon: Abandon) {
+        *self.abandon.borrow_mut() = Some(abandon);
+    }
+
+    /// Ends what a closed channel has in flight. False: this lane cannot.
+    fn abandon(&self, left: &[u64]) -> bool {
+        let abandon = self.abandon.borrow();
+        let Some(abandon) = &*abandon else { return false };
+        abandon(left);
+        let mut disks = self.disks.borrow_mut();
+        left.iter().for_each(|part| disks.completed(*part, Err(Errno::ECANCELED)));
+        true
     }
 
     /// A channel of another thread.
@@ -164,16 +192,29 @@ impl<S: Link> Channel for LocalChannel<S> {
 }
 
 impl<S: Link> Drop for LocalChannel<S> {
-    /// What was not sent is dropped. Answers to the rest can only come in on this very thread, so they cannot be
-    /// waited for: a read that is in flight may still land in its memory. [`bdev::IoChannel`] is to be dropped when
-    /// nothing is in flight; who cannot wait for that ends the session first.
+    /// What was not sent is dropped. Answers to the rest can only come in on this very thread, so they cannot be waited
+    /// for; instead the lane cuts the connections that carry it, after which nobody touches its memory any more. Others
+    /// lose a path by that, so a [`bdev::IoChannel`] is better dropped when nothing is in flight.
     fn drop(&mut self) {
         let mut disks = self.here.disks.borrow_mut();
-        let left = disks.inflight_of(self.channel);
-        if left > 0 {
-            tracing::error!(left, "an I/O channel was dropped with requests in flight");
-        }
         disks.close_channel(self.channel);
+        let left = disks.inflight_of(self.channel);
+        drop(disks);
+        if left.is_empty() {
+            return;
+        }
+        let left_behind = left.len();
+        if self.here.abandon(&left) {
+            tracing::warn!(
+                left_behind,
+                "an I/O channel was dropped with requests in flight: their paths are reset"
+            );
+        } else {
+            tracing::error!(
+                left_behind,
+                "an I/O channel was dropped with requests in flight, which cannot be ended"
+            );
+        }
     }
 }
 
@@ -190,12 +231,10 @@ impl<S: Copy + Eq> Disks<S> {
         self.announce.push(channel);
     }
 
-    /// Parts of a channel's requests that the server has now.
-    fn inflight_of(&self, channel: u32) -> usize {
-        let waiting =
-            |part: u32| self.devices.iter().any(|(_, d)| d.ready.contains(&part) || d.lost.contains(&part));
+    /// Parts that are left of a closed channel: those that the server has.
+    fn inflight_of(&self, channel: u32) -> Vec<u64> {
         let of_it = |request| self.requests.get(request).is_some_and(|r| r.channel == channel);
-        self.parts.iter().filter(|(i, p)| of_it(p.request) && !waiting(*i)).count()
+        self.parts.iter().filter(|(_, p)| of_it(p.request)).map(|(i, _)| u64::from(i)).collect()
     }
 
     /// Hands completions to the threads that wait for them. At the end of each turn.

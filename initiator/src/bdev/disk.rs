@@ -11,6 +11,7 @@ use rtrs_poll::client::SessionId;
 
 use super::channel::{Here, Link, LocalChannel, refused};
 use super::disks::Gate;
+use super::fence::Fence;
 use super::proxy::ProxyChannel;
 
 /// As `bdev_get_bdevs` shows it.
@@ -31,6 +32,7 @@ pub struct RemoteDisk<S> {
     reactors: Vec<usize>,
     home: Handle,
     proxies: AtomicU64,
+    fence: Arc<Fence>,
 }
 
 struct State<S> {
@@ -58,6 +60,7 @@ impl<S: Link> RemoteDisk<S> {
             reactors,
             home,
             proxies: AtomicU64::new(0),
+            fence: Arc::default(),
         }
     }
 
@@ -67,6 +70,11 @@ impl<S: Link> RemoteDisk<S> {
 
     pub(super) fn number(&self) -> u64 {
         self.number
+    }
+
+    /// What may not be overwritten now.
+    pub(super) fn fence(&self) -> &Arc<Fence> {
+        &self.fence
     }
 
     /// What may be sent now by the reactor of that place in the list, and how long requests wait.

@@ -8,9 +8,11 @@
 //! ```
 //!
 //! A request is cut into parts of what one message may carry. Everything that is not in flight waits here, in order,
-//! while the device is not open at its server, so there is one place that holds, repeats, fails and aborts.
+//! while the device is not open at its server, so there is one place that holds, repeats, fails and aborts. Requests that
+//! would overwrite what a lost path may still be writing wait in `Device::fenced`, before they are cut.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bdev::{Completion, Completions, Flags, IoRequest, Op, Rejected, Segments, Status};
@@ -19,6 +21,7 @@ use rnbd_proto::Errno;
 use rtrs_poll::client::SessionId;
 
 use super::data;
+use super::fence::Fence;
 use super::proxy::RemoteEnd;
 use super::request::{ALL, Opened, Part, Request, status};
 use super::slots::Slots;
@@ -61,6 +64,12 @@ pub(super) struct Device<S = SessionId> {
     pub lost: VecDeque<u32>,
     /// From when those that change data may be repeated; `None`: at once.
     pub repeat_at: Option<Instant>,
+    /// Ranges that must not be changed now.
+    pub fence: Arc<Fence>,
+    /// Requests, nothing of which was sent, that would change one.
+    pub fenced: VecDeque<u32>,
+    /// When to look whether one of them may go.
+    pub fenced_until: Option<Instant>,
     /// There is something new in `lost`, or the device was opened.
     pub look: bool,
     pub inflight: usize,
@@ -82,6 +91,9 @@ impl<S: Copy> Device<S> {
             ready: VecDeque::new(),
             lost: VecDeque::new(),
             repeat_at: None,
+            fence: Arc::default(),
+            fenced: VecDeque::new(),
+            fenced_until: None,
             look: false,
             inflight: 0,
             channels: 0,
@@ -268,11 +280,22 @@ impl<S: Copy + Eq> Disks<S> {
     }
 
     /// Cuts the next part of a device's queue into `ready`. False: there is none to cut.
-    pub(super) fn cut(&mut self, device: u32, open: &Opened<S>) -> bool {
+    pub(super) fn cut(&mut self, device: u32, open: &Opened<S>, now: Instant) -> bool {
         loop {
             let Some(d) = self.devices.get_mut(device) else { return false };
             let Some(&place) = d.queue.front() else { return false };
             let Some(r) = self.requests.get_mut(place) else { return false };
+            if r.cut == 0
+                && d.fence.is_up()
+                && r.op.modifies()
+                && let Some(until) = d.fence.until(r.offset, r.len, now)
+            {
+                r.listed = false;
+                d.queue.pop_front();
+                d.fenced.push_back(place);
+                d.fenced_until = Some(d.fenced_until.map_or(until, |at| at.min(until)));
+                continue;
+            }
             if r.parts >= MAX_PARTS {
                 // It goes on when one of its parts ends.
                 r.listed = false;
@@ -326,6 +349,15 @@ impl<S: Copy + Eq> Disks<S> {
         self.part_ended(place, outcome);
     }
 
+    /// A message has lost its way, `way`, and is about to go by another one.
+    pub fn failing_over(&mut self, cookie: u64, way: u64, now: Instant) {
+        let Some(part) = self.parts.get(cookie as u32) else { return };
+        let Some(r) = self.requests.get(part.request).filter(|r| r.op.modifies()) else { return };
+        if let Some(d) = self.devices.get(r.device) {
+            d.fence.raise(way, r.offset + part.from, part.len.into(), now);
+        }
+    }
+
     /// The server does not know the device (any more): nothing was done. It must be opened again.
     fn server_lost_device(&mut self, device: u32) {
         let Some(d) = self.devices.get_mut(device) else { return };
@@ -362,8 +394,9 @@ impl<S: Copy + Eq> Disks<S> {
         }
         r.cut = ALL;
         let (listed, device) = (std::mem::take(&mut r.listed), r.device);
-        if let Some(d) = self.devices.get_mut(device).filter(|_| listed) {
-            d.queue.retain(|q| *q != request);
+        if let Some(d) = self.devices.get_mut(device) {
+            let list = if listed { &mut d.queue } else { &mut d.fenced };
+            list.retain(|q| *q != request);
         }
         self.finish_if_over(request);
     }

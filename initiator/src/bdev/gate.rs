@@ -28,6 +28,27 @@ impl<S: Copy + Eq> Disks<S> {
         }
     }
 
+    /// Control: some of what the fence of `disk` kept may be changed now.
+    pub fn unfence(&mut self, disk: u64) {
+        if let Some(device) = self.find(disk) {
+            self.release_fenced(device);
+        }
+    }
+
+    /// Puts what the fence holds back into the queue, in its old order and before everything newer; what is still
+    /// fenced comes back when it is to be cut.
+    pub(super) fn release_fenced(&mut self, device: u32) {
+        let Some(d) = self.devices.get_mut(device) else { return };
+        d.fenced_until = None;
+        while let Some(place) = d.fenced.pop_back() {
+            if let Some(r) = self.requests.get_mut(place) {
+                r.listed = true;
+                d.queue.push_front(place);
+            }
+        }
+        self.activate(device);
+    }
+
     /// Control: the opening `epoch` of `disk` has ended; requests wait.
     pub fn close(&mut self, disk: u64, epoch: u64, now: Instant) {
         let Some(device) = self.find(disk) else { return };
@@ -85,7 +106,9 @@ impl<S: Copy + Eq> Disks<S> {
     /// When [`Disks::run`] has something to do though nothing happens.
     pub fn deadline(&self) -> Option<Instant> {
         let repeat = |d: &Device<S>| d.repeat_at.filter(|_| !d.lost.is_empty());
-        let waits = self.devices.iter().flat_map(|(_, d)| [d.fail_at(), repeat(d)]);
+        let is_open = |d: &Device<S>| matches!(d.gate, Gate::Open(_));
+        let fenced = |d: &Device<S>| d.fenced_until.filter(|_| is_open(d) && !d.fenced.is_empty());
+        let waits = self.devices.iter().flat_map(|(_, d)| [d.fail_at(), repeat(d), fenced(d)]);
         waits.chain([self.retry_at]).flatten().min()
     }
 }

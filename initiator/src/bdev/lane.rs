@@ -8,11 +8,11 @@ use bdev::Op;
 use iobuf::Registry;
 use reactor::{Polled, Turn};
 use rnbd_proto::Errno;
-use rtrs_poll::client::{Io, Refused, Session, SessionId, SessionKey, Upper};
+use rtrs_poll::client::{Io, PathId, Refused, Session, SessionId, SessionKey, Upper};
 
 use super::channel::Here;
 use super::request::{Message, Opened, Unsent, Wire};
-use crate::client::{IoRequest, Op as WireOp, submit};
+use crate::client::{IoRequest, Op as WireOp, RnbdLane, submit};
 
 /// How the control thread hears that a server does not know a device: number of the disk, and the epoch.
 pub(super) type Unknown = Arc<dyn Fn(u64, u64) + Send + Sync>;
@@ -43,7 +43,11 @@ impl DiskLane {
 }
 
 impl Upper for DiskLane {
-    fn session_up(&mut self, _: &mut Turn<'_>, _: &mut Io, key: SessionKey, session: &Arc<Session>) {
+    fn session_up(&mut self, cx: &mut Turn<'_>, _: &mut Io, key: SessionKey, session: &Arc<Session>) {
+        let lane = RnbdLane::<Self>::reference(cx);
+        self.here.set_abandon(Box::new(move |cookies| {
+            lane.abandon(cookies);
+        }));
         self.sessions.push((session.id, key));
     }
 
@@ -56,6 +60,10 @@ impl Upper for DiskLane {
         result: Result<(), Errno>,
     ) {
         self.here.disks().completed(cookie, result);
+    }
+
+    fn failing_over(&mut self, cx: &mut Turn<'_>, _: SessionKey, cookie: u64, path: PathId) {
+        self.here.disks().failing_over(cookie, path.number(), cx.now);
     }
 
     fn session_down(&mut self, cx: &mut Turn<'_>, _: &mut Io, key: SessionKey) {

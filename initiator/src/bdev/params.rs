@@ -13,6 +13,8 @@ use super::error::MapError;
 
 /// RTRS_PORT.
 pub const DEFAULT_PORT: u16 = 1234;
+/// A server notices the loss of a path within 36 s by its heartbeats (`rtrs.c`, `hb_work`), and its device needs a moment.
+const STALE_IO: Duration = Duration::from_secs(40);
 /// Longest session name and device path in bytes (`NAME_MAX` with its NUL).
 const MAX_NAME: usize = 254;
 
@@ -56,6 +58,9 @@ pub struct SessionParams {
     pub reconnect: Reconnect,
     /// Without any path for so long, the session and its devices are given up; `None`: never.
     pub ctrlr_loss: Option<Duration>,
+    /// So long after it lost a path a server may still execute what came by it. Until then, unless the path is connected
+    /// again, nothing that may be under way there is overwritten. Zero: it is, as by the kernel's client.
+    pub stale_io: Duration,
     /// For each step of connecting.
     pub connect_timeout: Duration,
     /// Interval and patience.
@@ -72,6 +77,7 @@ impl Default for SessionParams {
             policy: Policy::default(),
             reconnect: Reconnect::default(),
             ctrlr_loss: None,
+            stale_io: STALE_IO,
             connect_timeout: Duration::from_secs(10),
             heartbeat: heartbeat::Config::default(),
         }
@@ -158,6 +164,8 @@ pub struct PathParam {
     pub src: Option<IpAddr>,
     /// The server's.
     pub dst: IpAddr,
+    /// The server's, if it is not the session's.
+    pub port: Option<u16>,
 }
 
 impl PathParam {
@@ -167,14 +175,14 @@ impl PathParam {
     /// In words.
     pub fn parse(text: &str) -> Result<Self, String> {
         match text.split_once(['@', ',']) {
-            Some((src, dst)) => Ok(Self { src: Some(address(src)?), dst: address(dst)? }),
-            None => Ok(Self { src: None, dst: address(text)? }),
+            Some((src, dst)) => Ok(Self { src: Some(address(src)?), dst: address(dst)?, port: None }),
+            None => Ok(Self { src: None, dst: address(text)?, port: None }),
         }
     }
 
-    /// With the server's port.
+    /// With the server's port, `port` if it has none of its own.
     pub(super) fn dst(&self, port: u16) -> SocketAddr {
-        SocketAddr::new(self.dst, port)
+        SocketAddr::new(self.dst, self.port.unwrap_or(port))
     }
 }
 
@@ -205,6 +213,7 @@ mod tests {
         let path = |src: Option<&str>, dst: &str| PathParam {
             src: src.map(|s| s.parse().unwrap()),
             dst: dst.parse().unwrap(),
+            port: None,
         };
         for (text, want) in [
             ("ip:10.0.0.1", path(None, "10.0.0.1")),

@@ -34,11 +34,14 @@ impl<S: Copy + Eq> Disks<S> {
 
     fn run_device(&mut self, device: u32, now: Instant, wire: &mut impl Wire<S>) -> bool {
         let mut any = self.look_at_lost(device, now);
+        if self.devices.get(device).is_some_and(|d| d.fenced_until.is_some_and(|at| at <= now)) {
+            self.release_fenced(device);
+        }
         loop {
             let Some(d) = self.devices.get(device) else { return any };
             let Gate::Open(open) = d.gate else { return any };
             let Some(&part) = d.ready.front() else {
-                if self.cut(device, &open) {
+                if self.cut(device, &open, now) {
                     continue;
                 }
                 return any;
@@ -193,5 +196,5 @@ fn bounced(part: &Part) -> Option<Segment> {
 }
 
 fn has_work<S>(d: &Device<S>) -> bool {
-    !(d.queue.is_empty() && d.ready.is_empty() && d.lost.is_empty())
+    !(d.queue.is_empty() && d.ready.is_empty() && d.lost.is_empty() && d.fenced.is_empty())
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use iobuf::Region;
 use reactor::{Handle, Polled, Turn};
 use rnbd_proto::Errno;
-use rtrs_poll::client::{Io, Lane, Session, SessionId, SessionKey, Upper};
+use rtrs_poll::client::{Io, Lane, LaneRef, PathId, Session, SessionId, SessionKey, Upper};
 
 use super::admin::{Admin, Answer, Call};
 
@@ -45,6 +45,11 @@ impl<C: Upper> RnbdLane<C> {
     /// As [`RnbdLane::with`], at once, for others on the same reactor. Not from within a call of the consumer.
     pub fn with_here(cx: &mut Turn<'_>, f: impl FnOnce(&mut Turn<'_>, &mut C, &mut Io)) {
         Lane::<Self>::with_upper_here(cx, |cx, lane, io| f(cx, &mut lane.consumer, io));
+    }
+
+    /// The lane of this reactor, for those who have no [`Turn`] at hand.
+    pub fn reference(cx: &Turn<'_>) -> LaneRef<Self> {
+        Lane::reference(cx)
     }
 
     fn key(&self, session: SessionId) -> Option<SessionKey> {
@@ -105,6 +110,12 @@ impl<C: Upper> Upper for RnbdLane<C> {
             self.consumer.completed(cx, io, key, cookie, result);
         } else {
             self.admin_completed(cx.now, io, key, result);
+        }
+    }
+
+    fn failing_over(&mut self, cx: &mut Turn<'_>, key: SessionKey, cookie: u64, path: PathId) {
+        if cookie <= MAX_COOKIE {
+            self.consumer.failing_over(cx, key, cookie, path);
         }
     }
 

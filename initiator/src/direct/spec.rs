@@ -27,6 +27,8 @@ pub struct Path {
     pub src: Option<IpAddr>,
     /// The server's.
     pub dst: IpAddr,
+    /// The server's, if each path has its own.
+    pub port: Option<u16>,
 }
 
 impl Spec {
@@ -37,12 +39,12 @@ impl Spec {
     pub fn parse(words: &[String]) -> Result<Self, String> {
         let mut seen = Vec::new();
         let (mut sessname, mut device_path) = (String::new(), String::new());
-        let (mut paths, mut more) = (Vec::new(), Map::new());
+        let (mut paths, mut ports, mut more) = (Vec::<Path>::new(), Vec::new(), Map::new());
         for word in words {
             let (key, value) = word
                 .split_once('=')
                 .ok_or_else(|| format!("'{word}': write key=value; the keys are {}", KEYS.join(", ")))?;
-            if key != "path" && seen.contains(&key) {
+            if key != "path" && key != "dest_port" && seen.contains(&key) {
                 return Err(format!("{key}= is given twice"));
             }
             seen.push(key);
@@ -51,9 +53,12 @@ impl Spec {
                 "device_path" => device_path = device_name(value)?,
                 "path" => paths.push(Path::parse(value)?),
                 "access_mode" => drop(more.insert(key.into(), access_mode(value)?.into())),
-                "dest_port" => drop(more.insert("trsvcid".into(), port(value)?.into())),
+                "dest_port" => ports.push(port(value)?),
                 "provider" => drop(more.insert(key.into(), value.into())),
-                "reconnect_delay_sec" | "ctrlr_loss_timeout_sec" | "fast_io_fail_timeout_sec" => {
+                "reconnect_delay_sec"
+                | "ctrlr_loss_timeout_sec"
+                | "fast_io_fail_timeout_sec"
+                | "stale_io_timeout_sec" => {
                     drop(more.insert(key.into(), seconds(key, value)?.into()));
                 }
                 "nr_poll_queues" => {
@@ -74,6 +79,19 @@ impl Spec {
         if paths.len() > MAX_PATHS {
             return Err(format!("{} paths: at most {MAX_PATHS} are right", paths.len()));
         }
+        match &ports[..] {
+            [] => {}
+            [port] => drop(more.insert("trsvcid".into(), port.to_string().into())),
+            _ if ports.len() == paths.len() => {
+                paths.iter_mut().zip(ports).for_each(|(path, port)| path.port = Some(port));
+            }
+            _ => {
+                let (n, of) = (ports.len(), paths.len());
+                return Err(format!(
+                    "dest_port= {n} times and path= {of} times: once is right, or one for each path"
+                ));
+            }
+        }
         Ok(Self { sessname, device_path, paths, more })
     }
 
@@ -84,9 +102,15 @@ impl Spec {
 
     /// Parameters of `bdev_rnbd_map`.
     pub fn params(&self) -> Value {
-        let path = |p: &Path| match p.src {
-            Some(src) => json!({"src": src, "dst": p.dst}),
-            None => json!({"dst": p.dst}),
+        let path = |p: &Path| {
+            let mut path = json!({"dst": p.dst});
+            if let Some(src) = p.src {
+                path["src"] = json!(src);
+            }
+            if let Some(port) = p.port {
+                path["trsvcid"] = port.to_string().into();
+            }
+            path
         };
         let mut params = self.more.clone();
         params.insert("name".into(), self.bdev_name().into());
@@ -99,7 +123,7 @@ impl Spec {
 
 const EXAMPLE: &str = "sessname=s1 path=ip:192.0.2.1 device_path=disk0";
 
-const KEYS: [&str; 9] = [
+const KEYS: [&str; 10] = [
     "sessname",
     "path",
     "device_path",
@@ -109,6 +133,7 @@ const KEYS: [&str; 9] = [
     "reconnect_delay_sec",
     "ctrlr_loss_timeout_sec",
     "fast_io_fail_timeout_sec",
+    "stale_io_timeout_sec",
 ];
 
 fn session_name(value: &str) -> Result<String, String> {
@@ -132,11 +157,8 @@ fn access_mode(value: &str) -> Result<&str, String> {
     }
 }
 
-fn port(value: &str) -> Result<String, String> {
-    value
-        .parse::<u16>()
-        .map(|port| port.to_string())
-        .map_err(|_| format!("dest_port={value}: a port number from 0 to 65535 is right"))
+fn port(value: &str) -> Result<u16, String> {
+    value.parse().map_err(|_| format!("dest_port={value}: a port number from 0 to 65535 is right"))
 }
 
 fn seconds(key: &str, value: &str) -> Result<i64, String> {
@@ -157,7 +179,7 @@ impl Path {
                 None => format!("path={value}: write ip:192.0.2.1, or ip:OUR_ADDRESS@ip:SERVER"),
             })
         };
-        Ok(Self { src: src.map(address).transpose()?, dst: address(dst)? })
+        Ok(Self { src: src.map(address).transpose()?, dst: address(dst)?, port: None })
     }
 }
 
@@ -192,6 +214,18 @@ mod tests {
     }
 
     #[test]
+    fn each_path_may_have_its_port() {
+        let spec = parse(
+            "sessname=s device_path=d path=ip:10.0.0.1 dest_port=7 path=ip:10.0.0.3@ip:10.0.0.2 dest_port=8",
+        )
+        .unwrap();
+        let params = spec.params();
+        let paths = json!([{"dst": "10.0.0.1", "trsvcid": "7"},
+            {"src": "10.0.0.3", "dst": "10.0.0.2", "trsvcid": "8"}]);
+        assert_eq!((&params["paths"], &params["trsvcid"]), (&paths, &Value::Null));
+    }
+
+    #[test]
     fn refusals_say_what_is_right() {
         let good = "sessname=s device_path=d path=ip:10.0.0.1";
         for (line, says) in [
@@ -203,6 +237,7 @@ mod tests {
             (&format!("{good} fast"), "write key=value"),
             (&format!("{good} access_mode=wo"), "ro, rw or migration"),
             (&format!("{good} dest_port=65536"), "0 to 65535"),
+            (&format!("{good} dest_port=1 dest_port=2"), "once is right, or one for each path"),
             (&format!("{good} path=10.0.0.2"), "write ip:192.0.2.1"),
             (&format!("{good} path=gid:fe80::1"), "gid: is not offered"),
             (&format!("{good} path=ip:10.0.0.2@"), "write ip:192.0.2.1"),

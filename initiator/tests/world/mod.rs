@@ -73,7 +73,7 @@ impl Net {
 
     /// The `n`th path.
     pub fn path(&self, n: u8) -> PathParam {
-        PathParam { src: Some(self.address(false, n)), dst: self.address(true, n) }
+        PathParam { src: Some(self.address(false, n)), dst: self.address(true, n), port: None }
     }
 }
 

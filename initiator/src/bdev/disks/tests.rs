@@ -172,7 +172,7 @@ impl Rig {
         assert_eq!((self.disks.requests.len(), self.disks.parts.len()), (0, 0));
         assert_eq!(self.disks.pool.as_ref().unwrap().available(), 2, "a bounce buffer was lost");
         let d = self.disks.devices.get(self.device).unwrap();
-        assert_eq!((d.inflight, d.queue.len(), d.ready.len(), d.lost.len()), (0, 0, 0, 0));
+        assert_eq!((d.inflight, d.queue.len(), d.ready.len(), d.lost.len(), d.fenced.len()), (0, 0, 0, 0, 0));
     }
 
     fn memory(&self, len: usize) -> std::sync::Arc<Region> {
@@ -317,6 +317,83 @@ fn a_failed_part_fails_the_request_once() {
     rig.answer(Ok(()));
     assert_eq!(rig.done(), [(1, Status::NoSpace)]);
     rig.nothing_left();
+}
+
+/// A write that moved to another path; then those that come after it. The way of the path that was lost is 9.
+fn failed_over() -> (Rig, std::sync::Arc<Region>) {
+    let mut rig = Rig::new(None);
+    let out = rig.memory(4096);
+    let fence = rig.disks.devices.get(rig.device).unwrap().fence.clone();
+    fence.set_hold(Duration::from_secs(40));
+    assert_eq!(rig.submit(Op::Write, 8, 8, &[part(&out, 0, 4096)], 1), Status::Ok);
+    assert_eq!(rig.submit(Op::Read, 0, 8, &[part(&out, 0, 4096)], 2), Status::Ok);
+    rig.run();
+    let cookies: Vec<u64> = rig.server.queue.iter().map(|s| s.cookie).collect();
+    cookies.into_iter().for_each(|c| rig.disks.failing_over(c, 9, rig.now));
+    rig.serve();
+    assert_eq!(rig.done(), [(1, Status::Ok), (2, Status::Ok)]);
+    (rig, out)
+}
+
+#[test]
+fn what_a_lost_path_may_still_write_is_not_overwritten() {
+    let (mut rig, out) = failed_over();
+    let last = part(&out, 0, 512);
+    for (op, block, blocks, segments, cookie) in [
+        (Op::Write, 15, 1, &[last][..], 3),
+        (Op::Discard, 0, 48, &[], 4),
+        // What the read covered, what lies behind, and what changes nothing.
+        (Op::Write, 7, 1, &[last], 5),
+        (Op::WriteZeroes, 16, 1, &[], 6),
+        (Op::Read, 15, 1, &[last], 7),
+        (Op::Flush, 0, 0, &[], 8),
+    ] {
+        assert_eq!(rig.submit(op, block, blocks, segments, cookie), Status::Ok);
+    }
+    rig.serve();
+    assert_eq!(rig.done(), [5, 6, 7, 8].map(|c| (c, Status::Ok)));
+    assert_eq!(rig.disks.deadline(), Some(rig.now + Duration::from_secs(40)));
+    // The path is back: the server has finished with its former connections.
+    rig.disks.devices.get(rig.device).unwrap().fence.lower(9);
+    rig.disks.unfence(5);
+    rig.serve();
+    assert_eq!(rig.done(), [(3, Status::Ok), (4, Status::Ok)]);
+    assert_eq!(rig.disks.deadline(), None);
+    rig.nothing_left();
+}
+
+#[test]
+fn a_fence_ends_with_its_time() {
+    let (mut rig, out) = failed_over();
+    assert_eq!(rig.submit(Op::Write, 8, 8, &[part(&out, 0, 4096)], 3), Status::Ok);
+    // Another way is back, not the lost one.
+    rig.disks.devices.get(rig.device).unwrap().fence.lower(8);
+    rig.disks.unfence(5);
+    rig.now += Duration::from_secs(39);
+    rig.serve();
+    assert_eq!(rig.done(), []);
+    rig.now += Duration::from_secs(1);
+    rig.serve();
+    assert_eq!(rig.done(), [(3, Status::Ok)]);
+    rig.nothing_left();
+}
+
+#[test]
+fn what_is_fenced_ends_with_its_device_and_its_channel() {
+    for reset in [true, false] {
+        let (mut rig, out) = failed_over();
+        assert_eq!(rig.submit(Op::Write, 8, 8, &[part(&out, 0, 4096)], 3), Status::Ok);
+        rig.serve();
+        if reset {
+            assert_eq!(rig.submit(Op::Reset, 0, 0, &[], 4), Status::Ok);
+            assert_eq!(rig.done(), [(3, Status::Aborted), (4, Status::Ok)]);
+        } else {
+            rig.disks.fail(5, Status::Gone);
+            assert_eq!(rig.done(), [(3, Status::Gone)]);
+        }
+        rig.nothing_left();
+        assert_eq!(rig.disks.deadline(), None, "nothing wakes the reactor for it");
+    }
 }
 
 #[test]

@@ -1,9 +1,11 @@
 //! What becomes of sessions and paths, and what that means for mappings.
 
+use std::time::Instant;
+
 use reactor::Turn;
 use rtrs_poll::client::{Event as RtrsEvent, PathError, PathId, SessionEnd, SessionId};
 
-use super::session::Want;
+use super::session::{Failure, Want};
 use super::{Event, Maps, State};
 use crate::bdev::error::{self, MapError};
 use crate::client::CallError;
@@ -65,15 +67,21 @@ impl Maps {
         // The server lets a path in again only when it has finished with its former connections.
         let was_last = s.stale.remove(&path).is_some() && s.stale.is_empty();
         s.answer(path, &[Want::Up, Want::Added], &Ok(()));
-        if was_last {
-            let name = s.name.clone();
-            for number in self.of_session(&name) {
+        let name = s.name.clone();
+        for number in self.of_session(&name) {
+            if was_last {
                 self.on_reactors(move |disks| disks.repeat(number));
+            }
+            let disk = self.maps.get(&number).and_then(|m| m.disk.as_ref());
+            if let Some(disk) = disk.filter(|d| d.fence().is_up()) {
+                disk.fence().lower(path.number());
+                self.on_reactors(move |disks| disks.unfence(number));
             }
         }
     }
 
     fn path_down(&mut self, cx: &mut Turn<'_>, session: SessionId, path: PathId, why: PathError) {
+        let named = self.name_of_path(cx.now, session, path);
         let Some(s) = self.session_by_id(session) else { return };
         if s.connected.remove(&path) {
             s.stale.insert(path, cx.now);
@@ -83,7 +91,8 @@ impl Maps {
         if matches!(why, PathError::Reconnect) {
             return;
         }
-        let failed = error::connect(&s.name, why.to_string(), Some(&why));
+        let why = Failure { path: named, why };
+        let failed = error::connect(&s.name, why.to_string(), Some(&why.why));
         let added = s.waiters.iter().any(|(p, want, _)| *p == path && *want == Want::Added);
         s.answer(path, &[Want::Up, Want::Added], &Err(failed));
         s.failures.insert(path, why);
@@ -91,6 +100,16 @@ impl Maps {
             self.forget_path(cx, session, path);
         }
         self.fail_waiting(cx, session);
+    }
+
+    /// A path in words: addresses and port.
+    fn name_of_path(&self, now: Instant, session: SessionId, path: PathId) -> String {
+        let info = self.initiator.borrow().client().borrow().session(now, session);
+        let found = info.into_iter().flat_map(|i| i.paths).find(|p| p.id == path);
+        found.map_or_else(String::new, |p| match p.src {
+            Some(src) => format!("{src}@{}", p.dst),
+            None => p.dst.to_string(),
+        })
     }
 
     /// Nobody waits for a session whose paths have all failed.
@@ -101,7 +120,7 @@ impl Maps {
         if !s.connected.is_empty() || !info.paths.iter().all(|p| s.failures.contains_key(&p.id)) {
             return;
         }
-        let last = s.failures.values().next_back();
+        let last = s.failures.values().next_back().map(|f| &f.why);
         let e = error::connect(&s.name, s.why(), last);
         let name = s.name.clone();
         self.of_session(&name).into_iter().for_each(|number| self.not_opened(cx, number, &e));

@@ -44,10 +44,6 @@ pub(super) use paths::name_of as path_name;
 pub use report::{DeviceInfo, SessionReport, access_mode};
 use session::Session;
 
-/// So long after it lost a path, a server may still execute what came by it: it notices within 36 s by its heartbeats
-/// (`rtrs.c`, `hb_work`), and its device needs a moment.
-pub const STALE: Duration = Duration::from_secs(40);
-
 /// Gets the outcome of a call, on the control thread. It must not call [`Maps`].
 pub type Done<T> = Box<dyn FnOnce(Result<T, MapError>)>;
 

@@ -144,6 +144,7 @@ impl Maps {
         let info = geometry::info(&p.name, uuid, p.mode, g);
         let disk = RnbdDisk::new(info, number, geometry::blocks(g), p.fast_io_fail, (reactors, home.clone()));
         let disk = Arc::new(disk);
+        disk.fence().set_hold(p.session.stale_io);
         self.manager.register(disk.clone()).map_err(|e| e.to_string())?;
         let interval = p.resize_check;
         if let Some(map) = self.maps.get_mut(&number) {

@@ -1,13 +1,14 @@
 //! Sessions: made with their first mapping, made again after they were given up.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
 
 use reactor::Turn;
 use rtrs_poll::client::{self as rtrs, PathError, PathId, PathSpec, PathState, SessionId, SessionOptions};
 
-use super::{Done, Maps, STALE};
+use super::{Done, Maps};
 use crate::bdev::error::MapError;
 use crate::bdev::params::{MapParams, SessionParams};
 
@@ -24,6 +25,20 @@ pub(super) enum Want {
     Removed,
 }
 
+/// What a path met.
+#[derive(Clone, Debug)]
+pub(super) struct Failure {
+    /// The path in words, with the port.
+    pub path: String,
+    pub why: PathError,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "path {}: {}", self.path, self.why)
+    }
+}
+
 /// A session, for as long as it has mappings.
 pub(super) struct Session {
     pub name: String,
@@ -37,7 +52,7 @@ pub(super) struct Session {
     /// Paths by which the server may still execute what was sent: since when they are down.
     pub stale: BTreeMap<PathId, Instant>,
     /// Last failure of paths that are down.
-    pub failures: BTreeMap<PathId, PathError>,
+    pub failures: BTreeMap<PathId, Failure>,
     /// Paths that are down because somebody asked for it.
     pub asked: BTreeSet<PathId>,
     pub waiters: Vec<(PathId, Want, Done<()>)>,
@@ -69,8 +84,9 @@ impl Session {
 
     /// When nothing of what lost paths have carried can be left at the server; `None`: now.
     pub fn clean_at(&mut self, now: Instant) -> Option<Instant> {
-        self.stale.retain(|_, since| *since + STALE > now);
-        self.stale.values().max().map(|since| *since + STALE)
+        let over = self.params.stale_io;
+        self.stale.retain(|_, since| *since + over > now);
+        self.stale.values().max().map(|since| *since + over)
     }
 
     /// Answers those who wait for `path` and `wanted`.
@@ -84,8 +100,7 @@ impl Session {
 
     /// What each path met, in words.
     pub fn why(&self) -> String {
-        let mut failures: Vec<String> = self.failures.values().map(ToString::to_string).collect();
-        failures.dedup();
+        let failures: Vec<String> = self.failures.values().map(ToString::to_string).collect();
         if failures.is_empty() { "no answer yet".into() } else { failures.join("; ") }
     }
 }

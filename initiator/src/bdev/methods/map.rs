@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::invalid;
 use super::path::Path;
 use crate::bdev::maps::{DeviceInfo, access_mode};
-use crate::bdev::params::{DEFAULT_PORT, MapParams, SessionParams};
+use crate::bdev::params::{DEFAULT_PORT, MapParams, PathParam, SessionParams};
 
 pub(super) const METHOD: &str = "bdev_rnbd_map";
 
@@ -36,6 +36,7 @@ pub(super) struct MapCall {
     max_reconnect_attempts: Option<i32>,
     ctrlr_loss_timeout_sec: Option<i64>,
     fast_io_fail_timeout_sec: Option<u32>,
+    stale_io_timeout_sec: Option<u32>,
     connect_timeout_sec: Option<u32>,
     heartbeat_interval_ms: Option<u32>,
     heartbeat_missed_max: Option<u32>,
@@ -134,6 +135,7 @@ impl MapCall {
                 max_attempts: self.max_reconnect_attempts.map_or(Ok(None), |n| attempts(METHOD, n))?,
             },
             ctrlr_loss: self.ctrlr_loss_timeout_sec.map_or(Ok(None), |n| loss(METHOD, n))?,
+            stale_io: self.stale_io_timeout_sec.map_or(d.stale_io, |s| Duration::from_secs(s.into())),
             connect_timeout,
             heartbeat,
         })
@@ -143,9 +145,15 @@ impl MapCall {
 /// The call that makes this mapping again.
 pub(super) fn call(d: &DeviceInfo) -> Value {
     let (p, s) = (&d.params, &d.params.session);
-    let path = |p: &crate::bdev::PathParam| match p.src {
-        Some(src) => json!({"src": src, "dst": p.dst}),
-        None => json!({"dst": p.dst}),
+    let path = |p: &PathParam| {
+        let mut path = json!({"dst": p.dst});
+        if let Some(src) = p.src {
+            path["src"] = json!(src);
+        }
+        if let Some(port) = p.port {
+            path["trsvcid"] = port.to_string().into();
+        }
+        path
     };
     let seconds = |t: Option<Duration>| t.map_or(0, |t| t.as_secs());
     let mut params = json!({
@@ -158,6 +166,7 @@ pub(super) fn call(d: &DeviceInfo) -> Value {
         "max_reconnect_attempts": s.reconnect.max_attempts.map_or(-1, i32::from),
         "ctrlr_loss_timeout_sec": s.ctrlr_loss.map_or(-1, |t| t.as_secs() as i64),
         "fast_io_fail_timeout_sec": seconds(p.fast_io_fail),
+        "stale_io_timeout_sec": s.stale_io.as_secs(),
         "connect_timeout_sec": s.connect_timeout.as_secs().max(1),
         "heartbeat_interval_ms": s.heartbeat.interval_ns / 1_000_000,
         "heartbeat_missed_max": s.heartbeat.missed_max,
@@ -198,7 +207,8 @@ mod tests {
         let calls = [
             json!({"name": "d", "sessname": "s", "paths": ["ip:10.0.0.1"], "device_path": "ram0"}),
             json!({"name": "d", "sessname": "s", "device_path": "a/b", "access_mode": "migration", "port": 99,
-                "paths": [{"src": "10.0.0.2", "dst": "10.0.0.1"}, "fd00::1"], "provider": "soft-roce",
+                "paths": [{"src": "10.0.0.2", "dst": "10.0.0.1", "trsvcid": "7"}, "fd00::1"], "provider": "soft-roce",
+                "stale_io_timeout_sec": 3,
                 "uuid": "7f5a2b4e-9b1c-4a5e-8f64-0a1b2c3d4e5f", "connections": 3, "mpath_policy": "round-robin",
                 "reconnect_delay_sec": 3, "max_reconnect_attempts": 7, "ctrlr_loss_timeout_sec": 60,
                 "fast_io_fail_timeout_sec": 5, "connect_timeout_sec": 4, "heartbeat_interval_ms": 1500,

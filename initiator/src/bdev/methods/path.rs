@@ -1,4 +1,4 @@
-//! A path as methods take it: `"ip:10.0.0.1"`, `"ip:10.0.0.2@ip:10.0.0.1"`, or `{"src": …, "dst": …}`.
+//! A path as methods take it: `"ip:10.0.0.1"`, `"ip:10.0.0.2@ip:10.0.0.1"`, or `{"src": …, "dst": …, "trsvcid": …}`.
 
 use std::fmt;
 
@@ -40,20 +40,26 @@ impl<'de> Visitor<'de> for PathVisitor {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Path, A::Error> {
-        let (mut src, mut dst) = (None, None);
+        let (mut src, mut dst, mut port) = (None, None, None);
         while let Some(key) = map.next_key::<String>()? {
             let value: Option<String> = map.next_value()?;
+            if key == "trsvcid" {
+                let wrong = |text| format!("trsvcid '{text}': use a port number such as \"1234\"");
+                let number = value.map(|text| text.parse::<u16>().map_err(|_| wrong(text))).transpose();
+                port = number.map_err(de::Error::custom)?;
+                continue;
+            }
             let place = match key.as_str() {
                 "src" => &mut src,
                 "dst" => &mut dst,
-                _ => return Err(de::Error::unknown_field(&key, &["src", "dst"])),
+                _ => return Err(de::Error::unknown_field(&key, &["src", "dst", "trsvcid"])),
             };
             if let Some(text) = value {
                 *place = Some(address(&text).map_err(de::Error::custom)?);
             }
         }
         let dst = dst.ok_or_else(|| de::Error::missing_field("dst"))?;
-        Ok(Path(PathParam { src, dst }))
+        Ok(Path(PathParam { src, dst, port }))
     }
 }
 
@@ -73,10 +79,13 @@ mod tests {
         assert_eq!(parse(json!({"dst": "ip:10.0.0.1"})).unwrap(), "10.0.0.1");
         assert_eq!(parse(json!({"src": "10.0.0.2", "dst": "10.0.0.1"})).unwrap(), "10.0.0.2@10.0.0.1");
         assert_eq!(parse(json!({"src": null, "dst": "::1"})).unwrap(), "::1");
+        let own = serde_json::from_value::<Path>(json!({"dst": "::1", "trsvcid": "99"})).unwrap();
+        assert_eq!((own.0.dst(1), own.0.port), ("[::1]:99".parse().unwrap(), Some(99)));
         for (bad, say) in [
             (json!({}), "dst"),
             (json!({"dst": "x"}), "use an IP address"),
             (json!({"dst": "::1", "port": "1"}), "port"),
+            (json!({"dst": "::1", "trsvcid": "65536"}), "use a port number"),
             (json!(7), "a path such as"),
             (json!("gid:fe80::1"), "GID"),
         ] {

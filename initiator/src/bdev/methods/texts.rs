@@ -6,12 +6,12 @@ pub(in crate::bdev) const TEXTS: &[MethodText] = &[
     (
         "bdev_rnbd_add_path",
         "true",
-        "Adds a path to a session and waits until it is connected; one that cannot be is not kept. A path is `ip:SERVER`, `ip:OURS@ip:SERVER` or {src?, dst}; the port is the session's.",
+        "Adds a path to a session and waits until it is connected; one that cannot be is not kept. A path is `ip:SERVER`, `ip:OURS@ip:SERVER` or {src?, dst, trsvcid?}; the port is the session's unless the path has one.",
     ),
     (
         "bdev_rnbd_disconnect_path",
         "true",
-        "Disconnects a path, which then stays so; its requests take another one, or wait.",
+        "Disconnects a path, which then stays so; first it gets no new requests, and those it has are answered. What is not within 2 s takes another path, or waits.",
     ),
     (
         "bdev_rnbd_get_devices",
@@ -27,12 +27,12 @@ pub(in crate::bdev) const TEXTS: &[MethodText] = &[
     (
         "bdev_rnbd_map",
         "name",
-        "Makes a device of an RNBD server a bdev. The session `sessname` (a name of this host at the server) is made over `paths` if it does not exist; else `paths` and what concerns the session count for nothing. Waits for the device; what prevents it is the error, and nothing stays, unless `keep_trying` is set: then the mapping stays in state init and goes on trying. In a configuration file that is the default, so that a server that is away does not prevent the start; what the file makes of the bdev waits for it. While no path is up I/O waits: for ever with `fast_io_fail_timeout_sec` 0 (default), else it fails after that time with ETIMEDOUT. After `ctrlr_loss_timeout_sec` without a path (-1, default: never) the session is given up and I/O fails with ENODEV until bdev_rnbd_remap. `provider`: auto (default), rdma-core or soft-roce. `connections` of each path: one for each reactor and one for administration by default. `resize_check_sec` (10): how often the server is asked for the size, 0: never.",
+        "Makes a device of an RNBD server a bdev. The session `sessname` (a name of this host at the server) is made over `paths` if it does not exist; else `paths` and what concerns the session count for nothing. Waits for the device; what prevents it is the error, and nothing stays, unless `keep_trying` is set: then the mapping stays in state init and goes on trying. In a configuration file that is the default, so that a server that is away does not prevent the start; what the file makes of the bdev waits for it. While no path is up I/O waits: for ever with `fast_io_fail_timeout_sec` 0 (default), else it fails after that time with ETIMEDOUT. After `ctrlr_loss_timeout_sec` without a path (-1, default: never) the session is given up and I/O fails with ENODEV until bdev_rnbd_remap. `provider`: auto (default), rdma-core or soft-roce. `connections` of each path: one for each reactor and one for administration by default. While a path is lost, others carry its requests, and what overwrites a request of it in flight waits until it is connected again, or `stale_io_timeout_sec` (40): so long a server may still execute it; 0: it does not wait, as in the kernel's client. `resize_check_sec` (10): how often the server is asked for the size, 0: never.",
     ),
     (
         "bdev_rnbd_reconnect_path",
         "true",
-        "Connects a path now, first disconnecting it if need be; waits for the result.",
+        "Connects a path now, first disconnecting it if need be; waits for the result. A server that has not finished with its former connections is asked again for `connect_timeout_sec`.",
     ),
     (
         "bdev_rnbd_remap",
