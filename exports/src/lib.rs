@@ -1,5 +1,7 @@
 //! Ways for this host and its guests to use a bdev: kernel NBD, ublk, vhost-user-blk
 
+#[cfg(test)]
+mod counting;
 pub mod nbd;
 mod nbd_error;
 pub mod nbd_server;

@@ -140,6 +140,46 @@ mod tests {
         assert_eq!((io.op, io.lba, io.blocks, io.flags), (Op::Flush, 0, 0, Flags::NONE));
     }
 
+    /// All that a lane does with a request between the driver's ring and the bdev.
+    #[test]
+    fn a_request_on_its_way_allocates_nothing() {
+        let manager = bdev::Manager::new(iobuf::Registry::new());
+        let params = bdev::malloc::Params {
+            name: None,
+            uuid: None,
+            num_blocks: 1024,
+            block_size: 4096,
+            physical_block_size: None,
+        };
+        let name = bdev::malloc::create(&manager, params).unwrap();
+        let descriptor = manager.open(&name, bdev::Mode::ReadWrite, Box::new(|_| ())).unwrap();
+        let memory = manager.registry().map(65536).unwrap();
+        let mut channel = descriptor.channel().unwrap();
+        let mut done = bdev::Completions::with_capacity(8);
+        let mut turn = |sector| {
+            use ublk_poll::Op;
+            for (tag, op) in
+                [Op::Read, Op::Write, Op::Flush, Op::Discard, Op::WriteZeroes].into_iter().enumerate()
+            {
+                let (sector, sectors) = if op == Op::Flush { (0, 0) } else { (sector, 128) };
+                // SAFETY: the memory outlives the test's requests, and nobody looks at what it holds.
+                let data = unsafe { memory.segment(0, 65536) }.filter(|_| op.has_data());
+                let fua = op == Op::Write;
+                let request = Request { tag: tag as u16, op, sector, sectors, fua, no_unmap: false, data };
+                channel.submit(io_request(&request, 12)).unwrap();
+            }
+            channel.kick();
+            while channel.inflight() > 0 {
+                channel.poll(&mut done);
+            }
+            assert!(done.drain(..).all(|c| result(c.status).is_ok()));
+        };
+        (0..16).for_each(|i| turn(i * 128));
+        let before = crate::counting::allocations();
+        (0..2000).for_each(|i| turn(i % 32 * 128));
+        assert_eq!(crate::counting::allocations(), before);
+    }
+
     #[test]
     fn only_ok_is_success() {
         for status in Status::ALL {

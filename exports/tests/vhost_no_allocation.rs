@@ -1,0 +1,142 @@
+//! Requests of guests allocate nothing on their reactor once it runs: rings, chains, and the way to the bdev.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::path::Path;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use engine::Options;
+use engine::log::LogControl;
+use exports::vhost::Vhost;
+use reactor::{Handle, IdlePolicy};
+use rpc::{Client as RpcClient, Config};
+use serde_json::json;
+use vhost_driver::{Disk, Options as Guest};
+
+struct Counting;
+
+thread_local! {
+    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+}
+
+// SAFETY: every call is passed on to the system's allocator as it is; counting allocates nothing.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // A thread that ends has no counter any more, and none is needed.
+        let _ = ALLOCATIONS.try_with(|a| a.set(a.get() + 1));
+        // SAFETY: the caller's promises are those that the system's allocator wants.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        // SAFETY: as above; `at` came from `alloc`, hence from the system's allocator.
+        unsafe { System.dealloc(at, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Requests of each kind of ring.
+const MEASURED: usize = 20_000;
+const DEPTH: usize = 16;
+/// VIRTIO_BLK_T_IN, _OUT, _FLUSH.
+const KINDS: [u32; 3] = [0, 1, 4];
+
+/// What the program's only reactor has allocated. The message that asks is answered there, and costs what
+/// [`cost_of_asking`] says.
+fn allocations(reactor: &Handle) -> u64 {
+    let (tx, rx) = mpsc::sync_channel(1);
+    reactor.send(move |_| tx.send(ALLOCATIONS.get()).unwrap());
+    rx.recv_timeout(Duration::from_secs(20)).unwrap()
+}
+
+fn cost_of_asking(reactor: &Handle) -> u64 {
+    let asked: Vec<u64> = (0..8).map(|_| allocations(reactor)).collect();
+    asked.windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0)
+}
+
+fn run(disk: &mut Disk, requests: usize) {
+    let (mut sent, mut ended) = (0, 0);
+    while ended < requests {
+        while sent < requests && sent - ended < DEPTH {
+            let Some(slot) = disk.take(0) else { break };
+            let kind = KINDS[sent % KINDS.len()];
+            let len = if kind == 4 { 0 } else { 4096 };
+            if !disk.submit(0, slot, kind, (sent % 64 * 8) as u64, len, kind == 1) {
+                break;
+            }
+            sent += 1;
+        }
+        disk.publish(0);
+        let (_, status) = disk.wait(0).unwrap();
+        assert_eq!(status, 0);
+        ended += 1;
+    }
+}
+
+#[test]
+fn requests_allocate_nothing() {
+    let dir = std::env::temp_dir().join(format!("vhost-alloc-{}", std::process::id()));
+    std::fs::create_dir(&dir).unwrap();
+    let (control, thread) = start(&dir);
+    let call = |method: &str, params| RpcClient::connect(dir.join("rpc.sock")).unwrap().call(method, params);
+    call("framework_wait_init", json!(null)).unwrap();
+    let reactor = {
+        let (tx, rx) = mpsc::channel();
+        engine::App::send(&control, move |app, _| tx.send(app.reactors[0].clone()).unwrap());
+        rx.recv().unwrap()
+    };
+    for bdev in ["M0", "F0"] {
+        call("vhost_create_blk_controller", json!({ "ctrlr": bdev, "dev_name": bdev, "packed_ring": true }))
+            .unwrap();
+        for packed in [false, true] {
+            let guest = Guest { packed, indirect: packed, ..Guest::default() };
+            let mut disk = Disk::connect(&dir.join(bdev), guest).unwrap();
+            run(&mut disk, 2000);
+            let asking = cost_of_asking(&reactor);
+            let before = allocations(&reactor);
+            run(&mut disk, MEASURED);
+            let more = allocations(&reactor) - before;
+            assert!(more <= asking, "{more} allocations in {MEASURED} requests to {bdev}, packed {packed}");
+        }
+    }
+    control.send(|cx| {
+        let handle = cx.handle().clone();
+        engine::App::send(&handle, engine::App::shutdown);
+    });
+    thread.join().unwrap();
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+/// A program with malloc bdev "M0" and file "F0".
+fn start(dir: &Path) -> (Handle, std::thread::JoinHandle<()>) {
+    let file = dir.join("file");
+    std::fs::File::create(&file).unwrap().set_len(4 << 20).unwrap();
+    let config = json!({ "subsystems": [
+        { "subsystem": "vhost_blk", "config": [{ "method": "vhost_set_options", "params": { "socket_dir": dir } }] },
+        { "subsystem": "bdev", "config": [
+            { "method": "bdev_malloc_create", "params": { "name": "M0", "num_blocks": 8192, "block_size": 512 } },
+            { "method": "bdev_uring_create", "params": { "name": "F0", "filename": file, "block_size": 512 } },
+        ]},
+    ]});
+    let rpc_socket = dir.join("rpc.sock");
+    let (tx, rx) = mpsc::channel();
+    let thread = std::thread::spawn(move || {
+        let options = Options {
+            program: "test",
+            subsystems: vec![Box::new(Vhost::default())],
+            cpumask: "0x1".parse().unwrap(),
+            rpc_socket,
+            config: Some(Config::parse(config.to_string().into_bytes(), "test").unwrap()),
+            wait_for_rpc: false,
+            rpcs_allowed: None,
+            ignore_init_errors: false,
+            idle: IdlePolicy::Adaptive { spin: Duration::from_micros(20) },
+            log: LogControl::detached(),
+            on_ready: None,
+        };
+        engine::app::run(options, |control| tx.send(control.clone()).unwrap()).unwrap();
+    });
+    (rx.recv().expect("it starts"), thread)
+}
