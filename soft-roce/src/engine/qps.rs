@@ -37,7 +37,8 @@ impl Qps {
             table: Table::new(),
             completions,
             active: Vec::new(),
-            done: Vec::new(),
+            // One packet can acknowledge a send queue; a longer one grows it, once.
+            done: Vec::with_capacity(256),
             failing: Vec::new(),
             weather,
         }
