@@ -21,6 +21,8 @@ impl<T> Slots<T> {
             return place;
         }
         self.items.push(Some(item));
+        // Room for all of them, so that giving them back never allocates.
+        self.free.reserve(self.items.len());
         self.items.len() as u32 - 1
     }
 

@@ -1,0 +1,156 @@
+//! Requests of bdev_rnbd allocate nothing on their reactor once it runs: channel, cutting, bouncing, RTRS and soft RoCE.
+
+mod world;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use bdev::{Completions, Descriptor, Flags, IoChannel, IoRequest, Mode, Op, Segments, Status};
+use iobuf::Region;
+use reactor::{Polled, Poller, PollerId, Turn};
+use serde_json::json;
+use world::{Initiator, Net, Target, null};
+
+struct Counting;
+
+thread_local! {
+    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
+}
+
+// SAFETY: every call is passed on to the system's allocator as it is; counting allocates nothing.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        // A thread that ends has no counter any more, and none is needed.
+        let _ = ALLOCATIONS.try_with(|a| a.set(a.get() + 1));
+        // SAFETY: the caller's promises are those that the system's allocator wants.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        // SAFETY: as above; `at` came from `alloc`, hence from the system's allocator.
+        unsafe { System.dealloc(at, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+const DEPTH: u64 = 16;
+const WARM_UP: u64 = 2_000;
+const MEASURED: u64 = 20_000;
+/// Blocks of a request: one part of what a message carries here, and a rest.
+const BLOCKS: usize = 24;
+
+/// Keeps `DEPTH` requests busy: reads and writes, of memory that can be sent and memory that has to be bounced, and
+/// discards.
+struct Runner {
+    channel: Option<IoChannel>,
+    _descriptor: Descriptor,
+    registered: Arc<Region>,
+    foreign: Arc<Region>,
+    done: Completions,
+    completed: u64,
+    /// When the warm-up was over, and what had been allocated by then.
+    began: Option<(Instant, u64)>,
+    result: mpsc::Sender<(Duration, u64)>,
+    id: Rc<Cell<Option<PollerId>>>,
+}
+
+impl Runner {
+    fn request(&self, cookie: u64) -> IoRequest {
+        let region = if cookie % 4 < 2 { &self.registered } else { &self.foreign };
+        // SAFETY: the runner keeps both until its requests have completed. What they hold means nothing here.
+        let segment = unsafe { region.segment(0, BLOCKS * 512) };
+        let (op, blocks, segments) = match cookie % 8 {
+            7 => (Op::Discard, BLOCKS as u64, Segments::new()),
+            n if n.is_multiple_of(2) => (Op::Read, BLOCKS as u64, Segments::from_iter(segment)),
+            _ => (Op::Write, BLOCKS as u64, Segments::from_iter(segment)),
+        };
+        IoRequest { op, flags: Flags::NONE, lba: cookie * BLOCKS as u64, blocks, segments, cookie }
+    }
+
+    /// The next request for each that has completed.
+    fn go_on(&mut self, mut channel: IoChannel) -> Option<IoChannel> {
+        let mut done = std::mem::take(&mut self.done);
+        for c in done.drain(..) {
+            assert_eq!(c.status, Status::Ok);
+            self.completed += 1;
+            match self.completed {
+                WARM_UP => self.began = Some((Instant::now(), ALLOCATIONS.get())),
+                n if n == WARM_UP + MEASURED => {
+                    let (began, before) = self.began.unwrap();
+                    self.result.send((began.elapsed(), ALLOCATIONS.get() - before)).unwrap();
+                }
+                _ => {}
+            }
+            if self.completed < WARM_UP + MEASURED {
+                channel.submit(self.request(c.cookie)).unwrap();
+            }
+        }
+        self.done = done;
+        channel.kick();
+        (self.completed < WARM_UP + MEASURED || channel.inflight() > 0).then_some(channel)
+    }
+}
+
+impl Poller for Runner {
+    fn poll(&mut self, cx: &mut Turn<'_>) -> Polled {
+        let Some(mut channel) = self.channel.take() else { return Polled::Idle };
+        let busy = channel.poll(&mut self.done);
+        self.channel = self.go_on(channel);
+        if let (None, Some(id)) = (&self.channel, self.id.get()) {
+            cx.remove_poller(id);
+        }
+        busy.into()
+    }
+
+    fn before_sleep(&mut self, _: &mut Turn<'_>) -> Polled {
+        self.channel.as_ref().is_some_and(IoChannel::ready).into()
+    }
+}
+
+#[test]
+fn requests_allocate_nothing() {
+    let net = Net::SoftRoce(9);
+    let target =
+        Target::start(&net, &[null("n", 1 << 20, 512)], json!({"queue_depth": 64, "max_io_size": 8192}));
+    let initiator = Initiator::new(&net);
+    initiator.map(initiator.params("n", "n")).unwrap();
+    let registered = initiator.manager.registry().map(BLOCKS * 512).unwrap();
+    let descriptor = initiator.manager.open("n", Mode::ReadWrite, Box::new(|_| ())).unwrap();
+    let (result, measured) = mpsc::channel();
+    initiator.reactors[0].send(move |cx| {
+        let mut channel = descriptor.channel().unwrap();
+        let mut runner = Runner {
+            channel: None,
+            _descriptor: descriptor,
+            registered,
+            foreign: Region::new(BLOCKS * 512).unwrap(),
+            done: Completions::with_capacity(DEPTH as usize),
+            completed: 0,
+            began: None,
+            result,
+            id: Rc::default(),
+        };
+        (0..DEPTH).for_each(|cookie| channel.submit(runner.request(cookie)).unwrap());
+        channel.kick();
+        runner.channel = Some(channel);
+        let id = runner.id.clone();
+        id.set(Some(cx.add_poller("runner", Box::new(runner))));
+    });
+    let (time, allocations) = measured.recv_timeout(4 * world::PATIENCE).expect("requests complete");
+    println!("{:.1} µs per request of {} bytes", time.as_secs_f64() * 1e6 / MEASURED as f64, BLOCKS * 512);
+    assert_eq!(allocations, 0, "in {MEASURED} requests");
+    initiator.unmap("n", true).unwrap();
+    drop(target);
+}
+
+/// The counter counts.
+#[test]
+fn an_allocation_is_seen() {
+    let before = ALLOCATIONS.get();
+    let kept = RefCell::new(Box::new(1));
+    assert_eq!(ALLOCATIONS.get(), before + 1, "{kept:?}");
+}
