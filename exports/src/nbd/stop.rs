@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 
 use super::disk::{Disk, Interface, KernelEnd, Key, Phase, Stopped, device_name, disks, with};
 use super::prepare::wait_gone;
-use super::{bridge, worker};
+use super::worker;
 
 /// Why a disk ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
