@@ -135,15 +135,28 @@ impl<U: Upper> Client<U> {
         session: SessionId,
         path: PathId,
     ) -> Result<(), ControlError> {
-        let entry = self.living_path(session, path)?;
-        entry.after = After::Remove;
-        if entry.is_active() {
-            self.retire(cx.now, path, PathError::Disconnected);
-        } else {
+        if self.take_down(cx, session, path, After::Remove)?.is_some() {
             self.forget_path(session, path);
             self.start_waiting(cx.now, session);
         }
         Ok(())
+    }
+
+    /// Says what is to follow, and disconnects the path if it has connections; if not, returns its phase.
+    fn take_down(
+        &mut self,
+        cx: &Turn<'_>,
+        session: SessionId,
+        path: PathId,
+        after: After,
+    ) -> Result<Option<PathPhase>, ControlError> {
+        let entry = self.living_path(session, path)?;
+        entry.after = after;
+        let (active, phase) = (entry.is_active(), entry.phase);
+        if active {
+            self.retire(cx.now, path, PathError::Disconnected);
+        }
+        Ok((!active).then_some(phase))
     }
 
     /// Disconnects a path, as [`Client::remove_path`] does, and leaves it alone. [`Event::PathDown`] follows if it was not
@@ -157,12 +170,9 @@ impl<U: Upper> Client<U> {
         session: SessionId,
         path: PathId,
     ) -> Result<(), ControlError> {
-        let entry = self.living_path(session, path)?;
-        entry.after = After::Close;
-        if entry.is_active() {
-            self.retire(cx.now, path, PathError::Disconnected);
-        } else if entry.phase != PathPhase::Closed {
-            entry.phase = PathPhase::Closed;
+        let phase = self.take_down(cx, session, path, After::Close)?;
+        if phase.is_some_and(|phase| phase != PathPhase::Closed) {
+            self.living_path(session, path)?.phase = PathPhase::Closed;
             let why = PathError::Disconnected;
             self.events.push(Event::PathDown { session, path, why, next_attempt: None });
             self.start_waiting(cx.now, session);
