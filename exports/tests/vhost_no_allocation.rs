@@ -1,7 +1,8 @@
 //! Requests of guests allocate nothing on their reactor once it runs: rings, chains, and the way to the bdev.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
+#[path = "../src/counting.rs"]
+mod counting;
+
 use std::path::Path;
 use std::sync::mpsc;
 use std::time::Duration;
@@ -14,29 +15,6 @@ use rpc::{Client as RpcClient, Config};
 use serde_json::json;
 use vhost_driver::{Disk, Options as Guest};
 
-struct Counting;
-
-thread_local! {
-    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-}
-
-// SAFETY: every call is passed on to the system's allocator as it is; counting allocates nothing.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        // A thread that ends has no counter any more, and none is needed.
-        let _ = ALLOCATIONS.try_with(|a| a.set(a.get() + 1));
-        // SAFETY: the caller's promises are those that the system's allocator wants.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        // SAFETY: as above; `at` came from `alloc`, hence from the system's allocator.
-        unsafe { System.dealloc(at, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
 /// Requests of each kind of ring.
 const MEASURED: usize = 20_000;
 const DEPTH: usize = 16;
@@ -47,7 +25,7 @@ const KINDS: [u32; 3] = [0, 1, 4];
 /// [`cost_of_asking`] says.
 fn allocations(reactor: &Handle) -> u64 {
     let (tx, rx) = mpsc::sync_channel(1);
-    reactor.send(move |_| tx.send(ALLOCATIONS.get()).unwrap());
+    reactor.send(move |_| tx.send(counting::allocations()).unwrap());
     rx.recv_timeout(Duration::from_secs(20)).unwrap()
 }
 
