@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
-"""What clients may ask of the NBD server and how it answers: nbd-checks.py DIR PORT PID RPC_PY. See test-nbd.sh."""
+"""What clients may ask of the NBD server and how it answers: nbd-checks.py DIR PORT PID RPC_PY. See test-nbd.sh.
+
+With libnbd, and what no library sends byte by byte (nbd_raw.py)."""
 import contextlib
 import errno
 import importlib.util
+import json
 import os
 import socket
 import struct
@@ -10,9 +13,11 @@ import sys
 import time
 
 import nbd
+import nbd_raw
+from nbd_raw import Client
 
 DIR, PORT, PID, RPC = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-SOCK, OLD = f"{DIR}/nbd.sock", f"{DIR}/old.sock"
+SOCK, NEW, OLD, SEED = (f"{DIR}/{name}.sock" for name in ("nbd", "newstyle", "oldstyle", "1997"))
 SIZE = 64 << 20
 
 spec = importlib.util.spec_from_file_location("rpc", RPC)
@@ -57,11 +62,11 @@ def handshakes():
     """Fixed newstyle, newstyle without it, with and without the 124 zeroes; and a server that is newstyle only."""
     for flags in (0, nbd.HANDSHAKE_FLAG_FIXED_NEWSTYLE, nbd.HANDSHAKE_FLAG_NO_ZEROES,
                   nbd.HANDSHAKE_FLAG_FIXED_NEWSTYLE | nbd.HANDSHAKE_FLAG_NO_ZEROES):
-        for sock in (SOCK, OLD):
+        for sock in (SOCK, NEW):
             h = connect(sock=sock, set_handshake_flags=flags)
             fixed = flags & nbd.HANDSHAKE_FLAG_FIXED_NEWSTYLE and sock == SOCK
             assert h.get_protocol() == ("newstyle-fixed" if fixed else "newstyle"), h.get_protocol()
-            assert h.get_size() == SIZE and not h.get_structured_replies_negotiated()
+            assert h.get_size() == SIZE and h.get_structured_replies_negotiated() == bool(fixed)
             h.pwrite(b"h" * 512, 0)
             assert h.pread(512, 0) == b"h" * 512
             h.shutdown()
@@ -77,7 +82,7 @@ def names():
         connect("none")
     # Without fixed newstyle the server can only hang up.
     try:
-        connect("none", sock=OLD)
+        connect("none", sock=NEW)
     except nbd.Error:
         pass
     else:
@@ -125,15 +130,16 @@ def refusals():
     with refused(errno.EINVAL):
         h.cache(512, 0)
     with refused(errno.EINVAL):
-        h.zero(512, 0, nbd.CMD_FLAG_FAST_ZERO)
+        h.block_status(512, 0, lambda *_: 0)
+    with refused(errno.EOVERFLOW):
+        h.pread((32 << 20) + 512, 0, nbd.CMD_FLAG_DF)
     assert h.pread(512, 0)
     h.shutdown()
     h = connect("readonly", set_strict_mode=0)
     with refused(errno.EPERM):
         h.pwrite(b"x" * 512, 0)
-    # Not offered, so there is no such command.
-    for change in (lambda: h.trim(512, 0), lambda: h.zero(512, 0)):
-        with refused(errno.EINVAL):
+    for change in (lambda: h.trim(512, 0), lambda: h.zero(512, 0), lambda: h.zero(512, 0, nbd.CMD_FLAG_FAST_ZERO)):
+        with refused(errno.EPERM):
             change()
     assert h.pread(512, 0)
     h.flush()
@@ -171,6 +177,233 @@ def raw():
     assert s.recv(1) == b""
     s = client(go + request(command=1, length=(32 << 20) + 512))
     assert s.recv(11, socket.MSG_WAITALL)[10:] == b""
+
+
+def chunks():
+    """Structured replies: data in one chunk, holes for what is all zeroes, errors with an offset."""
+    h = connect()
+    h.pwrite(b"c" * 65536, 0)
+    h.zero(65536, 65536)
+
+    def read(length, offset, flags=0):
+        seen = []
+        data = h.pread_structured(length, offset, lambda part, at, kind, _: seen.append((len(part), at, kind)), flags)
+        return data, seen
+
+    for flags in (0, nbd.CMD_FLAG_DF):
+        data, seen = read(65536, 0, flags)
+        assert data == b"c" * 65536 and seen == [(65536, 0, nbd.READ_DATA)], seen
+        data, seen = read(4096, 65536, flags)
+        assert data == bytes(4096) and [s[1:] for s in seen] == [(65536, nbd.READ_HOLE)], seen
+        data, seen = read(65536, 32768, flags)
+        assert data == b"c" * 32768 + bytes(32768) and [s[2] for s in seen] == [nbd.READ_DATA], seen
+    assert h.can_df() and h.can_fast_zero() and not h.can_cache()
+    h.zero(1 << 20, 1 << 20, nbd.CMD_FLAG_FAST_ZERO)
+    h.shutdown()
+    h = connect(set_request_structured_replies=False)
+    assert not h.get_structured_replies_negotiated() and not h.can_df()
+    assert h.pread(131072, 0) == b"c" * 65536 + bytes(65536)
+    h.shutdown()
+
+
+def extents(h, length, offset, flags=0):
+    seen = []
+    h.block_status(length, offset, lambda context, at, entries, _: seen.append((context, at, list(entries))), flags)
+    ((context, at, entries),) = seen
+    assert context == "base:allocation" and at == offset, seen
+    return list(zip(entries[::2], entries[1::2]))
+
+
+def block_status():
+    """What is allocated: known of a file, all data of a disk in memory."""
+    def ask(export):
+        h = nbd.NBD()
+        h.set_export_name(export)
+        h.add_meta_context("base:allocation")
+        h.add_meta_context("x-none:this")
+        h.connect_unix(SOCK)
+        assert h.can_meta_context("base:allocation") and not h.can_meta_context("x-none:this")
+        return h
+
+    h = ask("file")
+    h.trim(SIZE, 0)
+    h.pwrite(b"f" * 65536, 1 << 20)
+    h.pwrite(b"f" * 65536, 4 << 20)
+    hole = nbd.STATE_HOLE | nbd.STATE_ZERO
+    whole = [(1 << 20, hole), (65536, 0), ((3 << 20) - 65536, hole), (65536, 0), (SIZE - (4 << 20) - 65536, hole)]
+    assert extents(h, SIZE, 0) == whole, extents(h, SIZE, 0)
+    assert extents(h, SIZE, 0, nbd.CMD_FLAG_REQ_ONE) == whole[:1]
+    assert extents(h, 512, 1 << 20) == [(512, 0)]
+    assert extents(h, 131072, (1 << 20) + 512) == [(65024, 0), (66048, hole)]
+    # Many questions at once, and requests between them.
+    cookies = [h.aio_block_status(512, 512 * i, lambda *_: 0) for i in range(200)]
+    assert h.pread(512, 1 << 20) == b"f" * 512
+    while cookies:
+        h.poll(-1)
+        cookies = [c for c in cookies if not h.aio_command_completed(c)]
+    h.shutdown()
+    h = ask("disk")
+    assert extents(h, SIZE, 0) == [(SIZE, 0)]
+    h.shutdown()
+    h = nbd.NBD()
+    h.set_opt_mode(True)
+    h.set_export_name("disk")
+    h.connect_unix(SOCK)
+    names = []
+    assert h.opt_list_meta_context(names.append) == 1 and names == ["base:allocation"], names
+    h.opt_abort()
+
+
+def extended():
+    """Extended headers: replies with the request's offset, lengths of 64 bits, status of chosen contexts."""
+    c = Client(SOCK).extended("file")
+    flags = nbd_raw.HAS_FLAGS | nbd_raw.SEND_DF | nbd_raw.BLOCK_STATUS_PAYLOAD
+    assert c.flags & flags == flags, hex(c.flags)
+    c.request(nbd_raw.WRITE, offset=8192, data=b"e" * 4096)
+    assert c.chunk() == (nbd_raw.NONE, 8192, b"")
+    c.request(nbd_raw.READ, offset=8192, length=4096)
+    assert c.chunk() == (nbd_raw.OFFSET_DATA, 8192, struct.pack(">Q", 8192) + b"e" * 4096)
+    c.request(nbd_raw.TRIM, offset=0, length=SIZE)
+    assert c.chunk() == (nbd_raw.NONE, 0, b"")
+    c.request(nbd_raw.READ, offset=8192, length=4096)
+    assert c.chunk() == (nbd_raw.OFFSET_HOLE, 8192, struct.pack(">QI", 8192, 4096))
+    status = struct.pack(">IIQQ", 1, 1, SIZE, 3)
+    c.request(nbd_raw.BLOCK_STATUS, length=SIZE)
+    assert c.chunk() == (nbd_raw.BLOCK_STATUS_EXT, 0, status)
+    c.request(nbd_raw.BLOCK_STATUS, data=struct.pack(">QI", SIZE, 1))
+    assert c.chunk() == (nbd_raw.BLOCK_STATUS_EXT, 0, status)
+    # 64-bit lengths are looked at as a whole.
+    for command, length, error in ((nbd_raw.TRIM, (1 << 32) + 512, errno.EINVAL),
+                                   (nbd_raw.WRITE_ZEROES, 1 << 63, errno.ENOSPC),
+                                   (nbd_raw.BLOCK_STATUS, 1 << 32, errno.EINVAL),
+                                   (nbd_raw.READ, (1 << 32) + 512, errno.EINVAL)):
+        c.request(command, length=length)
+        assert c.error() == error, command
+    # Payloads that nobody wants are passed over.
+    for command, data in ((nbd_raw.READ, b"x" * 512), (nbd_raw.TRIM, b"y"), (99, b"z" * 100000),
+                          (nbd_raw.BLOCK_STATUS, struct.pack(">QII", 512, 1, 1)),
+                          (nbd_raw.BLOCK_STATUS, struct.pack(">QI", 512, 2)),
+                          (nbd_raw.BLOCK_STATUS, b"short"), (nbd_raw.BLOCK_STATUS, struct.pack(">Q", 512)),
+                          (nbd_raw.BLOCK_STATUS, b"l" * 5000)):
+        c.request(command, data=data)
+        assert c.error() == errno.EINVAL, command
+    # WRITE without the flag has no payload.
+    c.request(nbd_raw.WRITE, length=512)
+    assert c.error() == errno.EINVAL
+    c.request(nbd_raw.FLUSH)
+    assert c.chunk() == (nbd_raw.NONE, 0, b"")
+    c.request(nbd_raw.WRITE, data_len=(32 << 20) + 512)
+    assert c.is_closed()
+
+
+def old_dialects():
+    """Oldstyle with libnbd, and 1997 byte by byte."""
+    h = connect("", sock=OLD)
+    assert h.get_protocol() == "oldstyle" and h.get_size() == SIZE and h.can_flush() and not h.can_df()
+    h.pwrite(b"o" * 4096, 0)
+    assert h.pread(4096, 0) == b"o" * 4096
+    h.shutdown()
+    s = nbd_raw.connect(SEED)
+    s.sendall(struct.pack(">IIIQI", 0x12560953, SIZE - 1024, 1024, 0xabcdef, 1) + b"1" * 1024)
+    assert nbd_raw.receive(s, 16) == struct.pack(">IQI", 0x96744668, 0xabcdef, 0)
+    s.sendall(struct.pack(">IIIQI", 0x12560953, SIZE - 512, 512, 77, 0))
+    assert nbd_raw.receive(s, 16 + 512) == struct.pack(">IQI", 0x96744668, 77, 0) + b"1" * 512
+    for offset, length, kind in ((SIZE - 512, 1024, 0), (0xfffffe00, 1024, 0), (0, 512, 2), (0, 0, 0), (0, 512, 1 << 16)):
+        s.sendall(struct.pack(">IIIQI", 0x12560953, offset, length, 5, kind))
+        assert nbd_raw.receive(s, 16) == struct.pack(">IQI", 0x96744668, 5, errno.EINVAL), (offset, length, kind)
+    s.sendall(struct.pack(">IHHQQI", 0x25609513, 0, 0, 1, 0, 512))
+    assert s.recv(1) == b"", "a modern client"
+    call("bdev_null_create", name="huge", num_blocks=(8 << 20) + 1, block_size=512)
+    call("nbd_server_create_export", name="huge", bdev_name="huge")
+    try:
+        call("nbd_server_add_listener", path=f"{DIR}/huge.sock", dialect="1997", export="huge")
+    except RuntimeError as e:
+        assert "32-bit offsets: 4294967296 bytes are the most" in str(e), e
+    else:
+        raise AssertionError("more than 4 GiB over 1997")
+    call("nbd_server_delete_export", name="huge")
+    call("bdev_null_delete", name="huge")
+
+
+def allow_lists():
+    """Who may have an export, and see it."""
+    mine, other = os.getuid(), os.getuid() + 1
+    call("nbd_server_create_export", name="mine", bdev_name="M0", read_only=True, allow=[{"uid": mine}])
+    call("nbd_server_create_export", name="other", bdev_name="M0", read_only=True,
+         allow=[{"uid": other}, {"addr": "192.0.2.0/24"}])
+    call("nbd_server_create_export", name="local", bdev_name="M0", read_only=True, allow=[{"addr": "127.0.0.0/8"}])
+
+    def listed(connect_to):
+        h = nbd.NBD()
+        h.set_opt_mode(True)
+        connect_to(h)
+        names = []
+        h.opt_list(lambda name, _: names.append(name))
+        h.opt_abort()
+        return [n for n in names if n in ("mine", "other", "local")]
+
+    assert listed(lambda h: h.connect_unix(SOCK)) == ["mine"]
+    assert listed(lambda h: h.connect_tcp("127.0.0.1", str(PORT))) == ["local"]
+    connect("mine").shutdown()
+    for name in ("other", "local"):
+        try:
+            connect(name)
+        except nbd.Error as e:
+            assert "policy" in str(e), e
+        else:
+            raise AssertionError(f"{name} is not for us")
+    for name in ("mine", "other", "local"):
+        call("nbd_server_delete_export", name=name)
+
+
+def hostile():
+    """Bytes that no client should send; the table of all of them is the machine's (nbd-proto)."""
+    for name, send, wanted in nbd_raw.HOSTILE_HANDSHAKES:
+        c = Client(SOCK)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            send(c)
+        answers = c.answers()
+        assert answers == wanted, f"{name}: {answers} instead of {wanted}"
+    for name, setup, send, wanted in nbd_raw.HOSTILE_REQUESTS:
+        c = setup(Client(SOCK))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            send(c)
+        answers = [c.error() for e in wanted if e is not None] + ([None] if None in wanted and c.is_closed() else [])
+        assert answers == wanted, f"{name}: {answers} instead of {wanted}"
+    assert connect().pread(512, 0)
+
+
+def loris():
+    """Those who say little and slowly are shed, and hold nothing for long."""
+    # Handshakes may take 5 s here, and there are 64 at a time.
+    begin = time.monotonic()
+    silent = [Client(SOCK, greeting=False) for _ in range(70)]
+    for client in silent[:30]:
+        client.sock.sendall(b"\0\0\0\3IHAVE")
+    assert all(len(receive_all(client.sock)) == 18 for client in silent)
+    assert 5 < time.monotonic() - begin < 15
+    # Long writes that never go on: the memory is theirs as far as they came (in huge pages), and the connection for a while.
+    stalled = [Client(SOCK).simple("disk") for _ in range(20)]
+    before = rss()
+    for client in stalled:
+        client.request(nbd_raw.WRITE, data_len=32 << 20, data=b"s" * 4096)
+    time.sleep(0.5)
+    assert rss() - before < 32 << 20, f"{rss() - before} bytes more"
+    assert connect().pread(1 << 20, 0)
+    for client in stalled:
+        client.sock.close()
+
+
+def receive_all(s):
+    data = b""
+    while piece := s.recv(4096):
+        data += piece
+    return data
+
+
+def rss():
+    with open(f"/proc/{PID}/statm") as statm:
+        return int(statm.read().split()[1]) * 4096
 
 
 def large():
@@ -265,7 +498,14 @@ def control():
             ("nbd_server_add_listener", {}, "give either path"),
             ("nbd_server_add_listener", {"traddr": "localhost"}, "no IP address"),
             ("nbd_server_add_listener", {"traddr": "127.0.0.1", "trsvcid": str(PORT)}, "listened on already"),
-            ("nbd_server_add_listener", {"path": f"{DIR}/x", "dialect": "1997"}, "expected one of auto, fixed, newstyle"),
+            ("nbd_server_add_listener", {"path": f"{DIR}/x", "dialect": "1998"}, "expected one of auto, fixed, newstyle"),
+            ("nbd_server_add_listener", {"path": f"{DIR}/x", "dialect": "fixed", "reply_magic": 1}, "only replies of dialect 1997"),
+            ("nbd_server_add_listener", {"path": f"{DIR}/x", "tls": "allow"}, "TLS needs a directory"),
+            ("nbd_server_add_listener", {"path": f"{DIR}/x", "tls": "require", "tls_certificates": "/none"}, "/none/server-cert.pem"),
+            ("nbd_server_add_listener", {"path": f"{DIR}/x", "tls_certificates": f"{DIR}/pki"}, "with tls allow or require only"),
+            ("nbd_server_add_listener", {"path": f"{DIR}/x", "dialect": "oldstyle", "tls": "allow"}, "without STARTTLS"),
+            ("nbd_server_create_export", {"name": "x", "bdev_name": "M0", "allow": [{}]}, "needs addr, uid or tls_cn"),
+            ("nbd_server_create_export", {"name": "x", "bdev_name": "M0", "allow": [{"addr": "10.0.0.0/33"}]}, "no network"),
             ("nbd_server_remove_listener", {"traddr": "127.0.0.1"}, "nothing listens on 127.0.0.1:10809"),
             ("nbd_server_disconnect", {"id": 123456}, "no connection 123456")):
         try:
@@ -319,7 +559,11 @@ def configuration():
     listen = [c["params"] for c in calls if c["method"] == "nbd_server_add_listener"]
     assert {"path": SOCK, "dialect": "auto", "export": "disk"} in listen, listen
     assert {"adrfam": "ipv4", "traddr": "127.0.0.1", "trsvcid": str(PORT), "dialect": "auto"} in listen, listen
-    assert len(calls) == 7, calls
+    assert {"path": SEED, "dialect": "1997", "export": "disk"} in listen, listen
+    tls = {"path": f"{DIR}/tls.sock", "dialect": "auto", "tls": "require", "tls_certificates": f"{DIR}/pki",
+           "tls_verify_peer": True}
+    assert tls in listen, listen
+    assert len(calls) == int(os.environ["CALLS"]), json.dumps(calls)
 
 
 def idle():
@@ -340,7 +584,7 @@ def idle():
         h.shutdown()
 
 
-for test in (handshakes, names, options, refusals, raw, large, queue, slow_reader, control, bdev_removed, resize,
-             configuration, idle):
+for test in (handshakes, names, options, refusals, chunks, block_status, extended, old_dialects, allow_lists, hostile, loris,
+             raw, large, queue, slow_reader, control, bdev_removed, resize, configuration, idle):
     print(test.__name__, flush=True)
     test()

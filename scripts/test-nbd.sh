@@ -9,7 +9,7 @@ rpc=$(realpath scripts/vm/rpc.py)
 checks=$(realpath scripts/nbd-checks.py)
 export PATH=/usr/bin:$PATH # libnbd's Python binding belongs to the system's Python.
 
-packages=(libnbd-bin python3-libnbd qemu-utils nbdkit fio procps)
+packages=(libnbd-bin python3-libnbd qemu-utils nbdkit fio procps openssl)
 missing=()
 for p in "${packages[@]}"; do
   [[ $(dpkg-query -W -f='${db:Status-Status}' "$p" 2>/dev/null) == installed ]] || missing+=("$p")
@@ -32,8 +32,31 @@ cp "$bin/rnbd-target" "$dir/"
 cd "$dir"
 
 # Tests run beside each other: a port that is free now.
-port=$(/usr/bin/python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+free_port() { /usr/bin/python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
+port=$(free_port) tls_port=$(free_port)
 truncate -s 64M file.img
+
+# An authority, a server, two clients that it knows, and one of another authority.
+mkdir -p pki alice bob mallory
+authority() { # DIRECTORY
+  openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj "/CN=authority of $1" \
+    -keyout "$1/ca-key.pem" -out "$1/ca-cert.pem" 2>/dev/null
+}
+certificate() { # AUTHORITY DIRECTORY server|client COMMON_NAME
+  openssl req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -subj "/O=test/CN=$4" -keyout "$2/$3-key.pem" \
+    -out "$2/$3.csr" 2>/dev/null
+  openssl x509 -req -in "$2/$3.csr" -CA "$1/ca-cert.pem" -CAkey "$1/ca-key.pem" -CAcreateserial -days 2 \
+    -extfile <(echo "subjectAltName=DNS:localhost,IP:127.0.0.1"; echo "extendedKeyUsage=${3}Auth") \
+    -out "$2/$3-cert.pem" 2>/dev/null
+  [[ $2 == "$1" ]] || cp -n "$1/ca-cert.pem" "$2/"
+}
+authority pki
+authority mallory
+certificate pki pki server localhost
+certificate pki alice client alice
+certificate pki bob client bob
+certificate mallory mallory client alice
+cp pki/ca-cert.pem mallory/
 cat >target.json <<JSON
 {"subsystems": [
   {"subsystem": "bdev", "config": [
@@ -41,12 +64,20 @@ cat >target.json <<JSON
     {"method": "bdev_malloc_create", "params": {"name": "M1", "num_blocks": 16384, "block_size": 4096}},
     {"method": "bdev_uring_create", "params": {"name": "F0", "filename": "$dir/file.img", "block_size": 512}}]},
   {"subsystem": "nbd_server", "config": [
+    {"method": "nbd_server_set_options", "params": {"handshake_timeout_ms": 5000}},
     {"method": "nbd_server_create_export", "params": {"name": "disk", "bdev_name": "M0", "description": "a disk in memory"}},
     {"method": "nbd_server_create_export", "params": {"name": "readonly", "bdev_name": "M0", "read_only": true}},
     {"method": "nbd_server_create_export", "params": {"name": "4k", "bdev_name": "M1"}},
     {"method": "nbd_server_create_export", "params": {"name": "file", "bdev_name": "F0"}},
     {"method": "nbd_server_add_listener", "params": {"path": "$dir/nbd.sock", "export": "disk"}},
-    {"method": "nbd_server_add_listener", "params": {"path": "$dir/old.sock", "dialect": "newstyle"}},
+    {"method": "nbd_server_create_export", "params": {"name": "secret", "bdev_name": "M0", "allow": [{"tls_cn": "alice"}]}},
+    {"method": "nbd_server_add_listener", "params": {"path": "$dir/newstyle.sock", "dialect": "newstyle"}},
+    {"method": "nbd_server_add_listener", "params": {"path": "$dir/oldstyle.sock", "dialect": "oldstyle", "export": "disk"}},
+    {"method": "nbd_server_add_listener", "params": {"path": "$dir/1997.sock", "dialect": "1997", "export": "disk"}},
+    {"method": "nbd_server_add_listener", "params": {"path": "$dir/tls.sock", "tls": "require",
+     "tls_certificates": "$dir/pki", "tls_verify_peer": true}},
+    {"method": "nbd_server_add_listener", "params": {"traddr": "127.0.0.1", "trsvcid": "$tls_port", "tls": "allow",
+     "tls_certificates": "$dir/pki", "export": "disk"}},
     {"method": "nbd_server_add_listener", "params": {"traddr": "127.0.0.1", "trsvcid": "$port"}}]}]}
 JSON
 
@@ -87,6 +118,7 @@ passed() { # NAME STATUS
 
 uri() { echo "nbd+unix:///$1?socket=$dir/nbd.sock"; }
 tcp() { echo "nbd://127.0.0.1:$port/$1"; }
+tls() { echo "nbds+unix:///$2?socket=$dir/tls.sock&tls-certificates=$dir/$1"; } # CERTIFICATES EXPORT
 
 lists_exports() {
   nbdinfo --list --json "$(tcp '')" >list.json
@@ -99,7 +131,9 @@ assert exports["4k"]["block_size_minimum"] == 4096 and exports["disk"]["block_si
 for name, e in exports.items():
     assert e["export-size"] == 64 << 20 and e["can_multi_conn"] and e["can_flush"], e
     assert e["is_read_only"] == (name == "readonly"), e
-    assert e["can_trim"] == e["can_zero"] == e["can_fua"] == (name != "readonly"), e
+    assert e["can_trim"] == e["can_zero"] == e["can_fua"] == e["can_fast_zero"] == (name != "readonly"), e
+    assert e["can_df"], e
+    assert e["contexts"] == ["base:allocation"], e
 PY
 }
 
@@ -116,6 +150,53 @@ through_qemu() {
   qemu-io -f raw -c 'write -P 0x5a 1M 2M' -c 'read -P 0x5a 1M 2M' -c 'write -z 2M 64k' -c 'read -P 0 2M 64k' \
     -c 'write -zu 3M 64k' -c 'read -P 0 3M 64k' -c 'discard 4M 1M' -c 'read -P 0 4M 1M' -c flush \
     -c 'write -f -P 7 1000 5000' -c 'read -P 7 1000 5000' "$(uri "$1")"
+}
+
+maps_holes() {
+  qemu-io -f raw -c 'discard 0 64M' -c 'write -P 1 1M 64k' -c 'write -P 2 32M 128k' -c flush "$(uri file)"
+  qemu-img map --output=json -f raw "$(uri file)" >qemu.json
+  nbdinfo --map --json "$(uri file)" >nbdinfo.json
+  /usr/bin/python3 - <<'PY'
+import json
+wanted = [(0, 1 << 20, 0), (1 << 20, 65536, 1), ((1 << 20) + 65536, (31 << 20) - 65536, 0), (32 << 20, 131072, 1),
+          ((32 << 20) + 131072, (32 << 20) - 131072, 0)]
+qemu = [(e["start"], e["length"], int(e["data"])) for e in json.load(open("qemu.json"))]
+libnbd = [(e["offset"], e["length"], int(e["type"] == 0)) for e in json.load(open("nbdinfo.json"))]
+assert qemu == wanted, qemu
+assert libnbd == wanted, libnbd
+PY
+  # A copy that looks for holes leaves them out.
+  nbdcopy "$(uri file)" sparse.img
+  cmp sparse.img file.img
+  [[ $(stat -c %b sparse.img) -lt 1024 ]]
+}
+
+encrypts() {
+  nbdinfo "$(tls alice disk)" | grep -q 'TLS'
+  nbdcopy --connections=2 "$dir/random.img" "$(tls alice disk)"
+  rm -f back.img
+  nbdcopy --connections=4 "$(tls bob disk)" "$dir/back.img"
+  cmp random.img back.img
+  # TCP, where nobody needs a certificate, with GnuTLS by libnbd and by qemu.
+  nbdcopy "nbds://localhost:$tls_port/disk?tls-certificates=$dir/pki" back.img
+  cmp random.img back.img
+  qemu-img compare --object "tls-creds-x509,id=t,endpoint=client,dir=$dir/pki" --image-opts \
+    "driver=raw,file.driver=file,file.filename=$dir/random.img" \
+    "driver=nbd,host=localhost,port=$tls_port,export=disk,tls-creds=t"
+  nbdcopy "nbd://127.0.0.1:$tls_port/disk" back.img
+  cmp random.img back.img
+}
+
+lets_in_whom_it_knows() {
+  nbdinfo --size "$(tls alice secret)"
+  if nbdinfo --size "$(tls bob secret)"; then return 1; fi
+  if nbdinfo --size "$(tls mallory disk)"; then return 1; fi
+  # Without a certificate, and without TLS.
+  if nbdinfo --size "$(tls pki disk)"; then return 1; fi
+  if nbdinfo --size "nbd+unix:///disk?socket=$dir/tls.sock"; then return 1; fi
+  if nbdinfo --size "$(uri secret)"; then return 1; fi
+  nbdinfo --list "$(uri '')" | grep -q disk
+  if nbdinfo --list "$(uri '')" | grep secret; then return 1; fi
 }
 
 refuses_qemu_writes() {
@@ -169,7 +250,7 @@ ends_in_order() {
   # Without its server the load fails, or it ends by itself.
   kill "$fio" 2>/dev/null
   wait "$fio"
-  [[ $rc == 0 && ! -e nbd.sock && ! -e old.sock ]] || { echo "status $rc"; ls; return 1; }
+  [[ $rc == 0 && ! -e nbd.sock && ! -e newstyle.sock && ! -e tls.sock ]] || { echo "status $rc"; ls; return 1; }
   ! grep 'giving up' target.log
 }
 
@@ -182,12 +263,15 @@ check "qemu: convert, compare, write, zero, discard, FUA" through_qemu disk
 check "qemu: 4096-byte blocks" through_qemu 4k
 check "qemu: file" through_qemu file
 check "qemu: read-only" refuses_qemu_writes
+check "holes are known to qemu-img map, nbdinfo and nbdcopy" maps_holes
+check "TLS: libnbd and qemu, with and without certificates of clients" encrypts
+check "TLS: who is let in" lets_in_whom_it_knows
 check "nbdkit's nbd plugin" through_nbdkit
 check "fio verify 4k" verifies "$(uri disk)" 4k 32
 check "fio verify 512k, TCP" verifies "$(tcp disk)" 512k 32
 check "fio verify 4k on a file" verifies "$(uri file)" 4k 32
 check "fio trim" trims "$(uri disk)"
-check "libnbd: handshakes, refusals, limits, control" /usr/bin/python3 "$checks" "$dir" "$port" "$target" "$rpc"
+CALLS=$(grep -c nbd_server_ target.json) check "libnbd: handshakes, refusals, limits, control" /usr/bin/python3 "$checks" "$dir" "$port" "$target" "$rpc"
 rc=0
 survives_a_kill >check.log 2>&1 || rc=$?
 passed "a flushed copy survives kill -9, and the socket is taken over" $rc

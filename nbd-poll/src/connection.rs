@@ -188,7 +188,10 @@ impl Connection {
 
     /// A request has begun and the rest of it has not come: the client holds memory and may take its time.
     pub fn is_mid_request(&self) -> bool {
-        self.end.is_none() && (!self.staging.is_empty() || self.machine.want() != Want::Header)
+        let begun = self.machine.want() != Want::Header
+            || !self.staging.is_empty() && self.staging.header().is_none();
+        // Where it is us who do not go on, the client is waited for by nobody.
+        self.end.is_none() && self.waiting.is_none() && self.slots.has_room() && begun
     }
 
     /// The client has let its time pass.

@@ -16,6 +16,8 @@ use super::question::{Answer, Questions};
 
 /// How long a client may take to read its last answers.
 const LINGER: Duration = Duration::from_secs(5);
+/// How long a client may leave a request unfinished: its memory is of use to nobody meanwhile.
+const STALL: Duration = Duration::from_secs(30);
 /// Turns without work after which a connection is waited for instead of asked. Some tens of microseconds.
 const COLD_AFTER: u32 = 200;
 
@@ -88,6 +90,8 @@ pub(super) struct Client {
     size: u64,
     /// It is dropped by then, whether or not the client has read everything.
     drop_at: Option<Instant>,
+    /// Nothing more has come of a request that was begun, and by then it is too late.
+    stall_at: Option<Instant>,
     fence: Fence,
     raised: Option<Raised>,
 }
@@ -105,6 +109,7 @@ impl Client {
             quiet_turns: 0,
             size: new.limits.size,
             drop_at: None,
+            stall_at: None,
             fence: new.fence,
             raised: None,
         })
@@ -116,7 +121,22 @@ impl Client {
             return false;
         }
         self.quiet_turns = 0;
+        self.stall_at = None;
         true
+    }
+
+    /// Ends the connection of a client that has begun a request and does not go on. True if it has.
+    pub(super) fn shed_if_stalled(&mut self, now: Instant) -> bool {
+        if self.stall_at.is_none_or(|t| t > now) {
+            return false;
+        }
+        // Behind a fence nobody gets on.
+        self.stall_at = self.fence.is_up().then(|| now + STALL);
+        let stalled = self.stall_at.is_none() && self.connection.is_mid_request();
+        if stalled {
+            self.connection.time_out();
+        }
+        stalled
     }
 
     /// Answers the question that was the next.
@@ -167,16 +187,20 @@ impl Client {
 
     /// For the reactor's sleep.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        self.drop_at.filter(|_| self.connection.in_flight() == 0)
+        self.drop_at.filter(|_| self.connection.in_flight() == 0).into_iter().chain(self.stall_at).min()
     }
 
     /// Counts quiet turns; true if the connection may be waited for from now on, and its descriptor is armed.
-    pub(super) fn cools(&mut self) -> bool {
+    pub(super) fn cools(&mut self, now: Instant) -> bool {
         self.quiet_turns += 1;
-        self.quiet_turns > COLD_AFTER
+        let cools = self.quiet_turns > COLD_AFTER
             && self.connection.end().is_none()
             && !self.connection.waits_for_memory()
-            && !self.connection.before_sleep()
+            && !self.connection.before_sleep();
+        if cools && self.stall_at.is_none() && self.connection.is_mid_request() {
+            self.stall_at = Some(now + STALL);
+        }
+        cools
     }
 
     pub(super) fn warm(&mut self) {

@@ -37,6 +37,8 @@ pub(super) struct Lane {
     /// Of this lane.
     reactor: Handle,
     turns: u32,
+    /// When the first of the clients may have let its time pass.
+    look_at: Option<Instant>,
     incoming: Vec<Incoming>,
     done: Completions,
 }
@@ -64,6 +66,7 @@ impl Lane {
             control,
             reactor,
             turns: 0,
+            look_at: None,
             incoming: Vec::with_capacity(64),
             done: Vec::with_capacity(256),
         }));
@@ -194,6 +197,7 @@ impl Lane {
 
     fn poll(&mut self, cx: &mut Turn<'_>) -> bool {
         self.turns += 1;
+        self.shed(cx.now);
         if self.hot.is_empty() || self.turns >= LOOK_EVERY {
             self.look_at_quiet_ones();
         }
@@ -327,8 +331,28 @@ impl Lane {
             self.remove(cx, place);
             return false;
         }
-        client.hot = !client.cools();
-        client.hot
+        client.hot = !client.cools(cx.now);
+        if let Some(deadline) = client.deadline() {
+            self.look_at = Some(self.look_at.map_or(deadline, |t| t.min(deadline)));
+        }
+        self.clients[place as usize].as_ref().is_some_and(|c| c.hot)
+    }
+
+    /// Looks for clients that have let their time pass, when the first one may have.
+    fn shed(&mut self, now: Instant) {
+        if self.look_at.is_none_or(|t| t > now) {
+            return;
+        }
+        self.look_at = None;
+        for place in 0..self.clients.len() {
+            let Some(client) = self.clients[place].as_mut() else { continue };
+            let stalled = client.shed_if_stalled(now);
+            let deadline = client.deadline();
+            self.look_at = self.look_at.into_iter().chain(deadline).min();
+            if stalled || deadline.is_some_and(|t| t <= now) {
+                self.heat(place as u32);
+            }
+        }
     }
 
     fn remove(&mut self, cx: &mut Turn<'_>, place: u32) {
