@@ -350,11 +350,11 @@ impl<S: Copy + Eq> Disks<S> {
     }
 
     /// A message has lost its way, `way`, and is about to go by another one.
-    pub fn failing_over(&mut self, cookie: u64, way: u64, now: Instant) {
+    pub fn failing_over(&mut self, cookie: u64, way: u64) {
         let Some(part) = self.parts.get(cookie as u32) else { return };
         let Some(r) = self.requests.get(part.request).filter(|r| r.op.modifies()) else { return };
         if let Some(d) = self.devices.get(r.device) {
-            d.fence.raise(way, r.offset + part.from, part.len.into(), now);
+            d.fence.raise(way, r.offset + part.from, part.len.into());
         }
     }
 
@@ -372,6 +372,9 @@ impl<S: Copy + Eq> Disks<S> {
         let Some(part) = self.parts.remove(place) else { return };
         let Some(r) = self.requests.get_mut(part.request) else { return };
         r.parts -= 1;
+        if let Some(d) = self.devices.get(r.device).filter(|d| d.fence.is_up() && r.op.modifies()) {
+            d.fence.answered(r.offset + part.from, part.len.into(), Instant::now());
+        }
         if outcome != Status::Ok {
             self.end_request_parts(part.request, outcome);
         } else if !r.listed && r.cut != ALL {

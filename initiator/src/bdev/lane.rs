@@ -62,8 +62,8 @@ impl Upper for DiskLane {
         self.here.disks().completed(cookie, result);
     }
 
-    fn failing_over(&mut self, cx: &mut Turn<'_>, _: SessionKey, cookie: u64, path: PathId) {
-        self.here.disks().failing_over(cookie, path.number(), cx.now);
+    fn failing_over(&mut self, _: &mut Turn<'_>, _: SessionKey, cookie: u64, path: PathId) {
+        self.here.disks().failing_over(cookie, path.number());
     }
 
     fn session_down(&mut self, cx: &mut Turn<'_>, _: &mut Io, key: SessionKey) {

@@ -24,24 +24,24 @@
 //!    connections and their I/O are gone (Linux `rtrs-srv.c`, `__alloc_path` and `rtrs_srv_close_work`; ours does the
 //!    same). So on a session of one path, being open again proves it. A session of several paths is open again with
 //!    the first of them, while the server may still work for another: requests that change data and were in flight
-//!    wait until every path that was connected at the loss is connected again, or for as long as a server may take to
-//!    notice the loss (`stale_io_timeout_sec`). Everything else, new writes included, goes at once.
+//!    wait until every path that was connected at the loss is connected again, or for as long as a server may
+//!    still execute them (`stale_io_timeout_sec`). Everything else, new writes included, goes at once.
 //! 4. *A newer write does not wait for an older one, and need not*: they overlap only if the user has submitted the
 //!    newer before the older completed, and then either order is right (as with any disk queue).
 //! 5. *Flush* promises something for what has completed; a write that is yet to be repeated has not.
-//!
 //!
 //! # When one path of several is lost
 //! RTRS repeats its requests by another path at once, as the kernel's client does, and as in 3 the server may still
 //! execute the first attempt: the kernel's does, even after the repeated one has completed (ours rarely; see
 //! docs/architecture.md). Waiting for the lost path would stop everything for as long as it is away. So requests are
 //! repeated at once, but their ranges are *fenced* (`fence`): newer requests that change the same bytes wait until the
-//! path is connected again, which proves that the server is done, or for `stale_io_timeout_sec`. It is asked before a
-//! request is first sent, so changes of the same bytes that are all under way when the path is lost are not kept apart;
-//! their order is open anyway. A path that is disconnected on request is emptied first, so nothing has to be fenced.
+//! path is connected again, which proves that the server is done, or for `stale_io_timeout_sec` after the repetition was
+//! answered. It is asked before a request is first sent, so changes of the same bytes that are all under way when the
+//! path is lost are not kept apart; their order is open anyway. A path that is disconnected on request is emptied first,
+//! so nothing has to be fenced.
 //!
-//! Writes that are given up after all (`fast_io_fail_timeout_sec`, `ctrlr_loss_timeout_sec`) were fenced when their path
-//! was lost, and stay so.
+//! What a lost session leaves is fenced in the same way, and stays so if it is given up (`fast_io_fail_timeout_sec`,
+//! `ctrlr_loss_timeout_sec`).
 //!
 //! What remains outside: a write that was given up has failed, but may be executed all the same. A server that loses its
 //! volatile cache comes back without the writes that were not flushed, and RNBD has no means to tell: mind where its

@@ -13,8 +13,9 @@ use super::error::MapError;
 
 /// RTRS_PORT.
 pub const DEFAULT_PORT: u16 = 1234;
-/// A server notices the loss of a path within 36 s by its heartbeats (`rtrs.c`, `hb_work`), and its device needs a moment.
-const STALE_IO: Duration = Duration::from_secs(40);
+/// What has reached a server is with its disk at once, and nothing more can come by a path that is lost at our end. Disks
+/// for servers give up on a request within 7 s (error recovery control), so this is a moment more.
+const STALE_IO: Duration = Duration::from_secs(10);
 /// Longest session name and device path in bytes (`NAME_MAX` with its NUL).
 const MAX_NAME: usize = 254;
 
@@ -58,8 +59,9 @@ pub struct SessionParams {
     pub reconnect: Reconnect,
     /// Without any path for so long, the session and its devices are given up; `None`: never.
     pub ctrlr_loss: Option<Duration>,
-    /// So long after it lost a path a server may still execute what came by it. Until then, unless the path is connected
-    /// again, nothing that may be under way there is overwritten. Zero: it is, as by the kernel's client.
+    /// So long a server may still execute what came by a lost path, from when the path was lost, or when it has executed a
+    /// repetition. Until then, unless the path is connected again, nothing that may be under way there is overwritten.
+    /// Zero: it is, as by the kernel's client.
     pub stale_io: Duration,
     /// For each step of connecting.
     pub connect_timeout: Duration,

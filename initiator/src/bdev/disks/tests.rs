@@ -329,7 +329,7 @@ fn failed_over() -> (Rig, std::sync::Arc<Region>) {
     assert_eq!(rig.submit(Op::Read, 0, 8, &[part(&out, 0, 4096)], 2), Status::Ok);
     rig.run();
     let cookies: Vec<u64> = rig.server.queue.iter().map(|s| s.cookie).collect();
-    cookies.into_iter().for_each(|c| rig.disks.failing_over(c, 9, rig.now));
+    cookies.into_iter().for_each(|c| rig.disks.failing_over(c, 9));
     rig.serve();
     assert_eq!(rig.done(), [(1, Status::Ok), (2, Status::Ok)]);
     (rig, out)
@@ -352,7 +352,8 @@ fn what_a_lost_path_may_still_write_is_not_overwritten() {
     }
     rig.serve();
     assert_eq!(rig.done(), [5, 6, 7, 8].map(|c| (c, Status::Ok)));
-    assert_eq!(rig.disks.deadline(), Some(rig.now + Duration::from_secs(40)));
+    let after = rig.disks.deadline().unwrap() - rig.now;
+    assert!(after >= Duration::from_secs(40) && after < Duration::from_secs(45), "{after:?}");
     // The path is back: the server has finished with its former connections.
     rig.disks.devices.get(rig.device).unwrap().fence.lower(9);
     rig.disks.unfence(5);
@@ -372,7 +373,8 @@ fn a_fence_ends_with_its_time() {
     rig.now += Duration::from_secs(39);
     rig.serve();
     assert_eq!(rig.done(), []);
-    rig.now += Duration::from_secs(1);
+    // It began when the repeated write was answered, which was later than the rig's clock says.
+    rig.now += Duration::from_secs(10);
     rig.serve();
     assert_eq!(rig.done(), [(3, Status::Ok)]);
     rig.nothing_left();
