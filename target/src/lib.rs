@@ -6,6 +6,7 @@ pub mod rnbd;
 
 use engine::Subsystem;
 use rnbd_initiator::bdev::BdevRnbd;
+use rnbd_initiator::bdev::nbd::BdevNbd;
 use verbs::Cm;
 
 /// The program's name.
@@ -15,7 +16,7 @@ pub const PROGRAM: &str = "rnbd-target";
 /// listeners open (tests bring a loopback).
 pub fn subsystems(cms: Vec<Box<dyn Cm>>) -> Vec<Box<dyn Subsystem>> {
     let mut all: Vec<Box<dyn Subsystem>> =
-        vec![Box::new(BdevRnbd::default()), Box::new(rnbd::Rnbd::new(cms))];
+        vec![Box::new(BdevRnbd::default()), Box::new(BdevNbd::default()), Box::new(rnbd::Rnbd::new(cms))];
     all.extend(exports::subsystems());
     all
 }

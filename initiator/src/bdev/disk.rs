@@ -91,7 +91,6 @@ impl<S: Link> RemoteDisk<S> {
     }
 
     /// For one reactor.
-    #[expect(dead_code, reason = "of links that are up on some reactors only")]
     pub(super) fn set_gate_of(&self, reactor: usize, gate: Gate<S>) {
         self.state().own.insert(reactor, gate);
     }

@@ -58,6 +58,7 @@ mod geometry;
 mod lane;
 mod maps;
 mod methods;
+pub mod nbd;
 mod params;
 mod proxy;
 mod request;

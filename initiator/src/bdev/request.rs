@@ -95,7 +95,6 @@ pub(super) struct Message<'a> {
     pub op: Op,
     pub fua: bool,
     /// Zeroing keeps the space allocated.
-    #[expect(dead_code, reason = "RNBD cannot say it")]
     pub keep: bool,
     /// 512-byte units.
     pub sector: u64,

@@ -1,5 +1,6 @@
 //! What a client wants of a server, and what the two agree upon.
 
+use crate::framing::Framing;
 use crate::haggle::BlockSizes;
 use crate::wire::TransmissionFlags;
 
@@ -44,22 +45,6 @@ impl Wishes {
             options: true,
         }
     }
-}
-
-/// How requests and replies look.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Framing {
-    /// Of 1997: 32-bit offsets, READ and WRITE only. No handshake leads here.
-    Original {
-        /// First word of a reply.
-        reply_magic: u32,
-    },
-    /// One reply per request.
-    Simple,
-    /// READ is answered in chunks.
-    Structured,
-    /// Everything is answered in chunks, and lengths have 64 bits.
-    Extended,
 }
 
 impl Framing {

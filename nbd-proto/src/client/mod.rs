@@ -16,7 +16,8 @@ mod haggle;
 mod replies;
 mod uri;
 
-pub use agreed::{Agreed, Framing, Tls, Wishes};
+pub use crate::framing::Framing;
+pub use agreed::{Agreed, Tls, Wishes};
 pub use haggle::{Haggle, HaggleError, MAX_REPLIES, MAX_REPLY_DATA, Next};
 pub use replies::{
     Ask, Command, Event, Head, MAX_ERRORS, MAX_HEAD, MAX_IN_FLIGHT, Replies, RequestId, Unsendable,

@@ -11,16 +11,22 @@
 //! A read that is answered in chunks has ended well only if every byte of it came exactly once: what a server leaves out
 //! would otherwise be whatever the memory held before, and what it sends twice makes one of the two wrong.
 
-use zerocopy::{FromBytes, IntoBytes};
+mod request;
+mod violation;
 
-use super::agreed::Framing;
-use super::cover::{Cover, MAX_RANGES, Misfit};
+use zerocopy::FromBytes;
+
+use super::cover::{Cover, Misfit};
+use crate::framing::Framing;
 use crate::wire::{
-    EXTENDED_REPLY_LEN, EXTENDED_REPLY_MAGIC, EXTENDED_REQUEST_MAGIC, ErrorHead, ExtendedReply,
-    ExtendedRequest, Hole, ORIGINAL_MAX_SIZE, ORIGINAL_REPLY_LEN, ORIGINAL_REQUEST_MAGIC, OriginalReply,
-    OriginalRequest, REQUEST_MAGIC, RequestHeader, SIMPLE_REPLY_LEN, SIMPLE_REPLY_MAGIC,
-    STRUCTURED_REPLY_LEN, STRUCTURED_REPLY_MAGIC, SimpleReply, StructuredReply, chunk, cmd, cmd_flag,
+    EXTENDED_REPLY_LEN, EXTENDED_REPLY_MAGIC, ErrorHead, ExtendedReply, Hole, ORIGINAL_MAX_SIZE,
+    ORIGINAL_REPLY_LEN, OriginalReply, SIMPLE_REPLY_LEN, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_LEN,
+    STRUCTURED_REPLY_MAGIC, SimpleReply, StructuredReply, chunk, cmd,
 };
+
+pub use request::{Ask, Command, Head};
+use request::{encode, words};
+pub use violation::Violation;
 
 /// Requests of one connection at a time; as many as the kernel's client has by default.
 pub const MAX_IN_FLIGHT: usize = 128;
@@ -30,45 +36,6 @@ pub const MAX_HEAD: usize = EXTENDED_REPLY_LEN + size_of::<Hole>();
 pub const MAX_ERRORS: u32 = 64;
 /// Longest text of an error chunk ("Conventions").
 const MAX_TEXT: u16 = 4096;
-
-/// What to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Command {
-    /// Data from the export.
-    Read,
-    /// Data to the export; they follow the head.
-    Write {
-        /// Stable before the answer.
-        fua: bool,
-    },
-    /// What was answered so far becomes stable; no range.
-    Flush,
-    /// The range's contents are not needed any more.
-    Trim {
-        /// Stable before the answer.
-        fua: bool,
-    },
-    /// The range becomes zeroes.
-    WriteZeroes {
-        /// Stable before the answer.
-        fua: bool,
-        /// The space stays allocated.
-        no_hole: bool,
-    },
-}
-
-/// A request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ask {
-    /// What to do.
-    pub command: Command,
-    /// First byte.
-    pub offset: u64,
-    /// Bytes.
-    pub len: u32,
-    /// Comes back in [`Event::Done`]; no meaning here.
-    pub token: u64,
-}
 
 /// Why a request cannot be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -82,33 +49,6 @@ pub enum Unsendable {
 /// A request in flight, by its place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RequestId(pub u32);
-
-/// Head of a request, to be sent in front of a write's data.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Head {
-    bytes: [u8; 32],
-    len: u8,
-}
-
-impl Head {
-    fn of(message: &[u8]) -> Self {
-        let mut bytes = [0; 32];
-        bytes[..message.len()].copy_from_slice(message);
-        Self { bytes, len: message.len() as u8 }
-    }
-
-    /// DISC, after which the server closes the connection; nothing in 1997, when one just went.
-    pub fn disconnect(framing: Framing) -> Self {
-        encode(framing, cmd::DISC, 0, 0, 0, 0)
-    }
-}
-
-impl std::ops::Deref for Head {
-    type Target = [u8];
-    fn deref(&self) -> &[u8] {
-        &self.bytes[..usize::from(self.len)]
-    }
-}
 
 /// Whose bytes come next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -154,91 +94,6 @@ pub enum Event {
         /// With that it is over: as in [`Event::Done`].
         done: Option<(u64, Result<(), u32>)>,
     },
-}
-
-/// What a server did after which nobody can trust its next byte. The connection must be closed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum Violation {
-    /// Not a reply, or one of another dialect.
-    #[error("a reply begins with {found:#010x}, which is none of the dialect \"{dialect}\"")]
-    Magic {
-        /// As sent.
-        found: u32,
-        /// As agreed.
-        dialect: &'static str,
-    },
-    /// An answer to nobody, or a second one.
-    #[error("a reply to request {0:#x}, which is not in flight")]
-    Cookie(u64),
-    /// READ has to be answered in chunks.
-    #[error("a simple reply to READ, after structured replies were agreed upon")]
-    SimpleRead,
-    /// Bits that nobody agreed upon.
-    #[error("a chunk with the unknown flags {0:#x}")]
-    Flags(u16),
-    /// A type of chunk that this request has not.
-    #[error("a chunk of type {kind:#x} in answer to {command}")]
-    Kind {
-        /// As sent.
-        kind: u16,
-        /// What is answered.
-        command: &'static str,
-    },
-    /// A chunk whose length does not go with its type.
-    #[error("a chunk of type {kind:#x} with {length} bytes")]
-    Length {
-        /// As sent.
-        kind: u16,
-        /// As sent.
-        length: u64,
-    },
-    /// NONE ends a reply, so it must say so.
-    #[error("an empty chunk that does not end its reply")]
-    NotDone,
-    /// The offset of an extended reply is that of its request.
-    #[error("a chunk for the request at offset {asked} repeats {found} in its place")]
-    Echo {
-        /// Of the request.
-        asked: u64,
-        /// Of the reply.
-        found: u64,
-    },
-    /// Data of other bytes than were asked for.
-    #[error("{len} bytes at {offset} in answer to a READ of {asked_len} at {asked}")]
-    Outside {
-        /// Of the chunk.
-        offset: u64,
-        /// Of the chunk.
-        len: u64,
-        /// Of the request.
-        asked: u64,
-        /// Of the request.
-        asked_len: u32,
-    },
-    /// Some bytes were answered twice.
-    #[error("bytes of a READ are answered twice (again at {0})")]
-    Overlap(u64),
-    /// The answer is in more pieces than are kept track of.
-    #[error("a READ answered in more than {MAX_RANGES} pieces out of order")]
-    Fragments,
-    /// The reply ends though bytes are missing.
-    #[error("the answer to a READ ends before all of its {0} bytes came")]
-    Missing(u32),
-    /// An error that is none.
-    #[error("an error chunk with error 0")]
-    NoError,
-    /// The text of an error does not fit its chunk.
-    #[error("an error text of {text} bytes in a chunk of {length}")]
-    Text {
-        /// As sent.
-        text: u16,
-        /// As sent.
-        length: u64,
-    },
-    /// One request failed too often.
-    #[error("more than {MAX_ERRORS} errors in one reply")]
-    Errors,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -593,20 +448,6 @@ impl Chunk {
     }
 }
 
-/// Number and flags of a command.
-fn words(command: Command) -> (u16, u16) {
-    let flag = |on, bit| if on { bit } else { 0 };
-    match command {
-        Command::Read => (cmd::READ, 0),
-        Command::Write { fua } => (cmd::WRITE, flag(fua, cmd_flag::FUA)),
-        Command::Flush => (cmd::FLUSH, 0),
-        Command::Trim { fua } => (cmd::TRIM, flag(fua, cmd_flag::FUA)),
-        Command::WriteZeroes { fua, no_hole } => {
-            (cmd::WRITE_ZEROES, flag(fua, cmd_flag::FUA) | flag(no_hole, cmd_flag::NO_HOLE))
-        }
-    }
-}
-
 fn name(command: u16) -> &'static str {
     match command {
         cmd::READ => "READ",
@@ -615,48 +456,6 @@ fn name(command: u16) -> &'static str {
         cmd::TRIM => "TRIM",
         cmd::WRITE_ZEROES => "WRITE_ZEROES",
         _ => "a request",
-    }
-}
-
-fn encode(framing: Framing, command: u16, flags: u16, cookie: u64, offset: u64, len: u32) -> Head {
-    match framing {
-        Framing::Original { .. } if command == cmd::DISC => Head::of(&[]),
-        Framing::Original { .. } => Head::of(
-            OriginalRequest {
-                magic: ORIGINAL_REQUEST_MAGIC.into(),
-                // The range ends at 2^32 at most, so its first byte is below, unless it is empty.
-                from: (offset as u32).into(),
-                len: len.into(),
-                handle: cookie.into(),
-                kind: u32::from(command).into(),
-            }
-            .as_bytes(),
-        ),
-        Framing::Simple | Framing::Structured => Head::of(
-            RequestHeader {
-                magic: REQUEST_MAGIC.into(),
-                flags: flags.into(),
-                command: command.into(),
-                cookie: cookie.into(),
-                offset: offset.into(),
-                length: len.into(),
-            }
-            .as_bytes(),
-        ),
-        Framing::Extended => {
-            let payload = if command == cmd::WRITE { cmd_flag::PAYLOAD_LEN } else { 0 };
-            Head::of(
-                ExtendedRequest {
-                    magic: EXTENDED_REQUEST_MAGIC.into(),
-                    flags: (flags | payload).into(),
-                    command: command.into(),
-                    cookie: cookie.into(),
-                    offset: offset.into(),
-                    length: u64::from(len).into(),
-                }
-                .as_bytes(),
-            )
-        }
     }
 }
 

@@ -2,7 +2,10 @@
 
 use proptest::prelude::*;
 
+use zerocopy::IntoBytes;
+
 use super::*;
+use crate::client::cover::MAX_RANGES;
 use crate::wire::{ErrorCode, ORIGINAL_REPLY_MAGIC};
 
 const ORIGINAL: Framing = Framing::Original { reply_magic: ORIGINAL_REPLY_MAGIC };
