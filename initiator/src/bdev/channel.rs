@@ -13,6 +13,7 @@ use rtrs_poll::client::SessionId;
 
 use super::disk::RemoteDisk;
 use super::disks::{Device, Disks};
+use super::fence::Fence;
 use super::proxy::RemoteEnd;
 
 /// Buffers per reactor for what cannot go out of its own memory.
@@ -122,7 +123,11 @@ impl<S: Link> Here<S> {
         let Some(abandon) = &*abandon else { return false };
         abandon(left);
         let mut disks = self.disks.borrow_mut();
-        left.iter().for_each(|part| disks.completed(*part, Err(Errno::ECANCELED)));
+        for part in left {
+            // What others write there next must not be undone by it either.
+            disks.failing_over(*part, Fence::NO_WAY);
+            disks.completed(*part, Err(Errno::ECANCELED));
+        }
         true
     }
 

@@ -35,6 +35,9 @@ struct Range {
 }
 
 impl Fence {
+    /// For requests of which nobody knows by which way they went: their fence ends with its time alone.
+    pub(super) const NO_WAY: u64 = u64::MAX;
+
     fn ranges(&self) -> MutexGuard<'_, Vec<Range>> {
         self.ranges.lock().unwrap_or_else(PoisonError::into_inner)
     }

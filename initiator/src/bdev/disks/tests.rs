@@ -399,6 +399,27 @@ fn what_is_fenced_ends_with_its_device_and_its_channel() {
 }
 
 #[test]
+fn what_a_dropped_channel_was_writing_is_fenced_for_a_time() {
+    let mut rig = Rig::new(None);
+    let out = rig.memory(4096);
+    rig.disks.devices.get(rig.device).unwrap().fence.set_hold(Duration::from_secs(10));
+    assert_eq!(rig.submit(Op::Write, 8, 8, &[part(&out, 0, 4096)], 1), Status::Ok);
+    rig.run();
+    let cookie = rig.server.queue.remove(0).cookie;
+    let other = rig.disks.open_channel(rig.device, None);
+    rig.disks.close_channel(std::mem::replace(&mut rig.channel, other));
+    rig.disks.failing_over(cookie, Fence::NO_WAY);
+    rig.disks.completed(cookie, Err(Errno::ECANCELED));
+    rig.nothing_left();
+    assert_eq!(rig.submit(Op::Write, 8, 8, &[part(&out, 0, 4096)], 2), Status::Ok);
+    rig.serve();
+    assert_eq!(rig.done(), []);
+    rig.now += Duration::from_secs(20);
+    rig.serve();
+    assert_eq!(rig.done(), [(2, Status::Ok)]);
+}
+
+#[test]
 fn what_a_lost_session_leaves_is_repeated_in_order() {
     let mut rig = Rig::new(None);
     let out = rig.memory(16384);
