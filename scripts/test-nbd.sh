@@ -29,6 +29,7 @@ cleanup() {
 }
 trap cleanup EXIT
 cp "$bin/rnbd-target" "$dir/"
+[[ ! -x $bin/rnbd-initiator ]] || cp "$bin/rnbd-initiator" "$dir/"
 cd "$dir"
 
 # Tests run beside each other: a port that is free now.
@@ -215,6 +216,101 @@ through_nbdkit() {
   return $rc
 }
 
+serves_standard_input() { # PROGRAM
+  cat >single.json <<JSON
+{"subsystems": [
+  {"subsystem": "bdev", "config": [
+    {"method": "bdev_malloc_create", "params": {"name": "S0", "num_blocks": 131072, "block_size": 512}}]},
+  {"subsystem": "nbd_server", "config": [
+    {"method": "nbd_server_create_export", "params": {"name": "a", "bdev_name": "S0"}},
+    {"method": "nbd_server_create_export", "params": {"name": "b", "bdev_name": "S0", "read_only": true}}]}]}
+JSON
+  /usr/bin/python3 - "$1" <<'PY'
+import sys
+import nbd
+def single(export, wanted=None):
+    h = nbd.NBD()
+    if wanted is not None:
+        h.set_export_name(wanted)
+    h.connect_command([f"./{sys.argv[1]}", "-c", "single.json", "-r", "single.sock", "-L", "ERROR", "--single", export])
+    return h
+h = single("a")
+assert h.get_size() == 64 << 20 and not h.is_read_only()
+data = open("random.img", "rb").read()
+for at in range(0, len(data), 1 << 20):
+    h.pwrite(data[at:at + (1 << 20)], at)
+assert b"".join(h.pread(1 << 20, at) for at in range(0, len(data), 1 << 20)) == data
+h.shutdown()
+assert single("b").is_read_only() and single("", "b").is_read_only()
+try:
+    single("a", "none")
+except nbd.Error as e:
+    assert "none" in str(e) or "unknown" in str(e), e
+else:
+    raise AssertionError("an export that is not there")
+PY
+  local rc=0
+  timeout 20 "./$1" -c single.json -r single.sock --single a </dev/null 2>single.log || rc=$?
+  [[ $rc == 1 ]] && grep -q 'standard input is no connected socket' single.log
+}
+
+is_activated() {
+  # What systemd does: it listens, and starts the program with the sockets from descriptor 3 on.
+  cat >activated.json <<JSON
+{"subsystems": [
+  {"subsystem": "bdev", "config": [
+    {"method": "bdev_null_create", "params": {"name": "N0", "num_blocks": 2048, "block_size": 512}}]},
+  {"subsystem": "nbd_server", "config": [
+    {"method": "nbd_server_create_export", "params": {"name": "a", "bdev_name": "N0"}},
+    {"method": "nbd_server_add_listener", "params": {"activated": "nbd"}},
+    {"method": "nbd_server_add_listener", "params": {"activated": "0"}}]}]}
+JSON
+  /usr/bin/python3 - "$rpc" <<'PY'
+import importlib.util, os, socket, subprocess, sys, time
+import nbd
+first, second = socket.socket(socket.AF_UNIX), socket.socket()
+first.bind("activated.sock")
+second.bind(("127.0.0.1", 0))
+for s in (first, second):
+    s.listen()
+def environment():
+    os.dup2(first.fileno(), 13), os.dup2(second.fileno(), 14)
+    os.dup2(13, 3), os.dup2(14, 4)
+    for fd in (3, 4):
+        os.set_inheritable(fd, True)
+command = 'export LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=other:nbd; exec ./rnbd-target -c activated.json -r activated-rpc.sock'
+program = subprocess.Popen(["/bin/sh", "-c", command], preexec_fn=environment, pass_fds=(3, 4))
+for s in (first, second):
+    s.close()
+# Clients that come before the program is ready wait in the socket.
+h = nbd.NBD()
+h.connect_uri("nbd+unix:///a?socket=activated.sock")
+assert h.get_size() == 1 << 20
+h.shutdown()
+spec = importlib.util.spec_from_file_location("rpc", sys.argv[1])
+rpc = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(rpc)
+def call(method, **params):
+    return rpc.call("activated-rpc.sock", method, params or None)
+listeners = call("nbd_server_get_listeners")["result"]
+(tcp,) = [l for l in listeners if l["activated"] == "nbd"]
+h = nbd.NBD()
+h.connect_uri(f"nbd://127.0.0.1:{tcp['trsvcid']}/a")
+h.shutdown()
+for name, text in (("nbd", "was taken by another listener"), ("7", "has passed 2 sockets")):
+    answer = call("nbd_server_add_listener", activated=name)
+    assert text in answer["error"]["message"], answer
+saved = call("framework_get_config", name="nbd_server")["result"]
+assert {"activated": "nbd", "dialect": "auto"} in [c["params"] for c in saved], saved
+program.terminate()
+assert program.wait(20) == 0
+assert os.path.exists("activated.sock"), "the file is systemd's"
+PY
+  # libnbd's tools start servers so.
+  sed -i '/"activated": "nbd"/d' activated.json
+  nbdinfo --size -- [ ./rnbd-target -c activated.json -r activated-rpc.sock ]
+}
+
 verifies() { # URI BLOCK_SIZE DEPTH
   fio --name=verify --ioengine=nbd --uri="$1" --rw=randrw --bs="$2" --iodepth="$3" --size=48M --io_size=96M \
     --verify=crc32c --verify_fatal=1 --fsync=64 --output-format=normal
@@ -272,6 +368,13 @@ check "fio verify 512k, TCP" verifies "$(tcp disk)" 512k 32
 check "fio verify 4k on a file" verifies "$(uri file)" 4k 32
 check "fio trim" trims "$(uri disk)"
 CALLS=$(grep -c nbd_server_ target.json) check "libnbd: handshakes, refusals, limits, control" /usr/bin/python3 "$checks" "$dir" "$port" "$target" "$rpc"
+check "one client on standard input" serves_standard_input rnbd-target
+if [[ -x $dir/rnbd-initiator ]]; then
+  check "one client on standard input of rnbd-initiator" serves_standard_input rnbd-initiator
+else
+  echo "skipped: standard input of rnbd-initiator, which is not built"
+fi
+check "sockets of systemd's" is_activated
 rc=0
 survives_a_kill >check.log 2>&1 || rc=$?
 passed "a flushed copy survives kill -9, and the socket is taken over" $rc

@@ -53,6 +53,11 @@ struct Args {
     #[argh(option, default = "\"text\".into()", arg_name = "format")]
     log_format: String,
 
+    /// serve one NBD client on standard input, a socket, and end with it; the export for one that names none ("" if
+    /// there is only one)
+    #[argh(option, arg_name = "export")]
+    single: Option<String>,
+
     /// print the version
     #[argh(switch, short = 'v')]
     version: bool,
@@ -75,11 +80,14 @@ enum Command {
     example = "{command_name} sessname=s1 path=ip:192.0.2.1 device_path=disk0 --nbd /dev/nbd0\n\
         {command_name} sessname=s1 path=ip:10.0.0.2@ip:10.0.0.1 path=ip:10.1.0.2@ip:10.1.0.1 device_path=disk0 \\\n\
         access_mode=ro --ublk\n\
-        {command_name} sessname=s1 path=ip:192.0.2.1 device_path=disk0 --nbd-socket /tmp/disk0.sock",
+        {command_name} sessname=s1 path=ip:192.0.2.1 device_path=disk0 --nbd-socket /tmp/disk0.sock\n\
+        {command_name} path=nbd://192.0.2.1/disk0 --ublk",
     note = "Words: sessname=NAME, device_path=PATH, path=[ip:SOURCE@]ip:SERVER (up to 6 of them), and optionally\n\
         access_mode=ro|rw|migration (rw), dest_port=PORT (1234; once, or once for each path),\n\
         provider=auto|rdma-core|soft-roce (auto), reconnect_delay_sec=, ctrlr_loss_timeout_sec=,\n\
         fast_io_fail_timeout_sec=, stale_io_timeout_sec= (as bdev_rnbd_map takes them).\n\
+        Of an NBD server: path=URI alone (nbd://HOST[:PORT]/EXPORT, nbds://, nbd+unix:///EXPORT?socket=PATH), and\n\
+        optionally access_mode=ro|rw, connections=, dialect=, size= (dialect 1997), and the timeouts, io_timeout_sec= too.\n\
         -m, -r, -L and --log-format as in rnbd-initiator --help."
 )]
 struct Map {
@@ -135,6 +143,11 @@ pub fn options() -> Result<(Options, Option<Direct>), String> {
     }
     let direct = match &args.command {
         None => None,
+        Some(Command::Map(_)) if args.single.is_some() => {
+            return Err(
+                "map goes without --single: use --nbd-socket, or a configuration with an export".into()
+            );
+        }
         Some(Command::Map(_)) if args.config.is_some() || args.wait_for_rpc => {
             return Err("map goes without -c and --wait-for-rpc: it makes its own configuration".into());
         }
@@ -154,6 +167,10 @@ pub fn options() -> Result<(Options, Option<Direct>), String> {
     };
     let mut options = common.options(PROGRAM, program::subsystems())?;
     options.on_ready = direct.clone().map(Direct::on_ready);
+    if let Some(export) = args.single {
+        let export = Some(export).filter(|name| !name.is_empty());
+        options.on_ready = Some(Box::new(|app, cx| exports::nbd_server::serve_stdin(app, cx, export)));
+    }
     Ok((options, direct))
 }
 

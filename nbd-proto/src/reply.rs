@@ -255,9 +255,10 @@ mod tests {
         let wanted = [extended(0x8001, 10), payload.to_vec()].concat();
         assert_eq!(error(Framing::Extended, None).as_bytes(), wanted);
         let long = ReplyHead::error(Framing::Extended, TO, ErrorCode::Eio, &"ä".repeat(99), Some(1));
-        let len = usize::from(u16::from_be_bytes([long.as_bytes()[36], long.as_bytes()[37]]));
+        let long = long.as_bytes();
+        let len = usize::from(u16::from_be_bytes([long[36], long[37]]));
         assert_eq!(len, MAX_TEXT / 2 * 2);
-        assert!(std::str::from_utf8(&long.as_bytes()[38..38 + len]).is_ok());
+        assert!(std::str::from_utf8(&long[38..38 + len]).is_ok());
         for code in ErrorCode::ALL {
             assert!(text(code).len() <= MAX_TEXT);
         }

@@ -259,13 +259,11 @@ fn handshakes_of_other_settings() {
 const MAX: u32 = 65536;
 const SIZE: u64 = 1 << 20;
 
+/// The answer to a request, or the end of the connection.
+type End = Option<Result<(), ErrorCode>>;
+
 /// What becomes of a request and the bytes behind it: the error, or that the connection ends (`None`).
-fn serve(
-    framing: Framing,
-    allocation: bool,
-    flags: TransmissionFlags,
-    header: &[u8],
-) -> Option<Result<(), ErrorCode>> {
+fn serve(framing: Framing, allocation: bool, flags: TransmissionFlags, header: &[u8]) -> End {
     let export = Export { size: SIZE, block_size: 512, max_payload: MAX, flags };
     let mut machine = Transmission::with(export, Agreed { framing, allocation });
     assert_eq!(header.len(), machine.header_len());
@@ -321,8 +319,7 @@ fn compact_requests() {
     let of = |command, flags, offset, length| compact(REQUEST_MAGIC, flags, command, offset, length);
     let none = TransmissionFlags::HAS_FLAGS;
     let ro = ALL | TransmissionFlags::READ_ONLY;
-    type Case = (&'static str, TransmissionFlags, Vec<u8>, Option<Result<(), ErrorCode>>);
-    let cases: Vec<Case> = vec![
+    let cases: Vec<(&str, TransmissionFlags, Vec<u8>, End)> = vec![
         ("magic 0", ALL, compact(0, 0, cmd::READ, 0, 512), None),
         ("a reply's magic", ALL, compact(SIMPLE_REPLY_MAGIC, 0, cmd::READ, 0, 512), None),
         ("a chunk's magic", ALL, compact(STRUCTURED_REPLY_MAGIC, 0, cmd::READ, 0, 512), None),
@@ -395,7 +392,7 @@ fn compact_requests() {
 fn extended_requests() {
     let einval = Some(Err(ErrorCode::Einval));
     let payload = cmd_flag::PAYLOAD_LEN;
-    let cases: Vec<(&str, Vec<u8>, Option<Result<(), ErrorCode>>)> = vec![
+    let cases: Vec<(&str, Vec<u8>, End)> = vec![
         ("a payload too long", extended(payload, cmd::WRITE, 0, u64::from(MAX) + 512), None),
         ("a payload of 2^32", extended(payload, cmd::WRITE, 0, 1 << 32), None),
         ("a payload of 2^64-1", extended(payload, 99, 0, u64::MAX), None),

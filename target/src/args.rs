@@ -49,6 +49,11 @@ struct Args {
     #[argh(option, default = "\"text\".into()", arg_name = "format")]
     log_format: String,
 
+    /// serve one NBD client on standard input, a socket, and end with it; the export for one that names none ("" if
+    /// there is only one)
+    #[argh(option, arg_name = "export")]
+    single: Option<String>,
+
     /// print the version
     #[argh(switch, short = 'v')]
     version: bool,
@@ -71,5 +76,10 @@ pub fn options() -> Result<Options, String> {
         log_level: args.log_level,
         log_format: args.log_format,
     };
-    common.options(PROGRAM, rnbd_target::subsystems(Vec::new()))
+    let mut options = common.options(PROGRAM, rnbd_target::subsystems(Vec::new()))?;
+    if let Some(export) = args.single {
+        let export = Some(export).filter(|name| !name.is_empty());
+        options.on_ready = Some(Box::new(|app, cx| exports::nbd_server::serve_stdin(app, cx, export)));
+    }
+    Ok(options)
 }

@@ -50,7 +50,8 @@ pub(super) const TEXTS: &[MethodText] = &[
         "nbd_server_add_listener",
         "true",
         "Accepts NBD clients on a unix socket (`path`, mode 0600) or a TCP port (`traddr`; `trsvcid` 10809 if absent, 0: \
-         a free one). `export`: for clients that do not name one; without it the only one there is. `dialect`: auto and \
+         a free one), or on a socket that systemd has opened, `activated` being its name or its number from 0 on. \
+         `export`: for clients that do not name one; without it the only one there is. `dialect`: auto and \
          fixed are fixed newstyle (which serves clients of newstyle, too), newstyle lets clients choose by EXPORT_NAME \
          only; oldstyle and 1997 serve one export, the latter of at most 4 GiB and with `reply_magic` (0x96744668 if \
          absent) in its replies. `tls`: off, allow or require, with server-cert.pem and server-key.pem in the directory \
@@ -130,6 +131,7 @@ struct AddListener {
     adrfam: Option<String>,
     traddr: Option<String>,
     trsvcid: Option<String>,
+    activated: Option<String>,
     #[serde(default)]
     dialect: Dialect,
     export: Option<String>,
@@ -152,8 +154,6 @@ struct RemoveListener {
 
 fn add_listener(app: &App, cx: &mut Turn<'_>, p: AddListener) -> Result<bool, RpcError> {
     const METHOD: &str = "nbd_server_add_listener";
-    let place = (p.path.as_ref(), p.adrfam.as_deref(), p.traddr.as_deref(), p.trsvcid.as_deref());
-    let address = address(METHOD, place)?;
     let server = server(app)?;
     let speech = Speech {
         dialect: p.dialect,
@@ -162,7 +162,20 @@ fn add_listener(app: &App, cx: &mut Turn<'_>, p: AddListener) -> Result<bool, Rp
         certificates: p.tls_certificates,
         verify_peer: p.tls_verify_peer,
     };
-    let listening = server.borrow_mut().listen(cx, &address, speech, p.export);
+    let place = (p.path.as_ref(), p.adrfam.as_deref(), p.traddr.as_deref(), p.trsvcid.as_deref());
+    let listening = match p.activated {
+        Some(name) if place == (None, None, None, None) => {
+            server.borrow_mut().listen_activated(cx, name, speech, p.export)
+        }
+        Some(_) => {
+            return Err(invalid(
+                METHOD,
+                "activated",
+                "a socket of systemd's has its address already: give no other",
+            ));
+        }
+        None => server.borrow_mut().listen(cx, &address(METHOD, place)?, speech, p.export),
+    };
     listening.map(|_| true).map_err(|e| e.rpc(METHOD))
 }
 
@@ -214,6 +227,7 @@ fn address_row(address: &Address) -> Map<String, Value> {
             "traddr": addr.ip().to_string(),
             "trsvcid": addr.port().to_string(),
         }),
+        Address::Stdio => json!({}),
     };
     match row {
         Value::Object(row) => row,
@@ -223,7 +237,10 @@ fn address_row(address: &Address) -> Map<String, Value> {
 
 /// As `nbd_server_add_listener` takes it.
 fn listener_params(listening: &Listening) -> Map<String, Value> {
-    let mut row = address_row(listening.address());
+    let mut row = match &listening.activated {
+        Some(name) => Map::from_iter([("activated".to_owned(), json!(name))]),
+        None => address_row(listening.address()),
+    };
     let speech = &listening.speech;
     row.insert("dialect".into(), json!(speech.dialect));
     if let Some(magic) = speech.reply_magic {
@@ -242,6 +259,7 @@ fn listener_params(listening: &Listening) -> Map<String, Value> {
 
 fn listener_row(listening: &Listening) -> Value {
     let mut row = listener_params(listening);
+    row.extend(address_row(listening.address()));
     row.insert("handshakes".into(), json!(listening.handshakes()));
     Value::Object(row)
 }
@@ -408,7 +426,7 @@ pub(super) fn config(server: &Server) -> Vec<Value> {
         }
         calls.push(json!({"method": "nbd_server_create_export", "params": params}));
     }
-    for l in &server.listeners {
+    for l in server.listeners.iter().filter(|l| *l.address() != Address::Stdio) {
         calls.push(json!({"method": "nbd_server_add_listener", "params": listener_params(l)}));
     }
     calls

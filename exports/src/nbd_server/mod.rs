@@ -11,6 +11,7 @@
 //! The connections of one export on one reactor share an I/O channel. A flush covers what was acknowledged on any
 //! connection, because it is the bdev's; so clients may use several (CAN_MULTI_CONN).
 
+mod activation;
 mod allow;
 mod client;
 mod dialect;
@@ -23,6 +24,8 @@ mod limit;
 mod methods;
 mod question;
 mod server;
+mod single;
 mod subsystem;
 
+pub use single::serve_stdin;
 pub use subsystem::NbdServer;

@@ -2,14 +2,16 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bdev::{Event as BdevEvent, Manager, Mode};
+use engine::App;
 use engine::placement::{Place, Placement};
 use nbd_poll::listener::{
-    Accepted, Acceptor, AcceptorOptions, Address, Event, HandshakeError, Identity, Listener,
+    Accepted, Acceptor, AcceptorOptions, Address, Event, HandshakeError, Identity, Listener, Peer,
 };
 use reactor::{Handle, Polled, Poller, Turn};
 
@@ -45,6 +47,8 @@ impl Default for Options {
 
 pub(super) struct Listening {
     acceptor: Acceptor,
+    /// The name of the socket that was passed to the program.
+    pub(super) activated: Option<String>,
     pub(super) speech: Speech,
     /// For clients that do not name one.
     pub(super) export: Option<String>,
@@ -95,6 +99,8 @@ pub(super) struct Server {
     waiters: Vec<(Which, Then)>,
     next_id: u64,
     stopping: bool,
+    /// The program is there for one client.
+    single: bool,
     failures: LogLimit,
     events: Vec<Event>,
 }
@@ -123,6 +129,7 @@ impl Server {
             waiters: Vec::new(),
             next_id: 1,
             stopping: false,
+            single: false,
             failures: LogLimit::new(LOGGED_FAILURES),
             events: Vec::new(),
         }
@@ -223,26 +230,94 @@ impl Server {
         speech: Speech,
         export: Option<String>,
     ) -> Result<Address, ServerError> {
-        if self.stopping {
-            return Err(ServerError::Stopping);
-        }
         if self.listeners.iter().any(|l| l.address() == address) {
             return Err(ServerError::ListenerExists(address.clone()));
         }
-        if let Some(name) = export.as_deref() {
+        let options = self.check_listener(address, &speech, export.as_deref())?;
+        let watch = |e| ServerError::Watch(address.clone(), e);
+        let acceptor = Acceptor::new(Listener::bind(address)?, options).map_err(watch)?;
+        self.add_acceptor(cx, acceptor, None, speech, export)
+    }
+
+    /// As [`Server::listen`], on a socket that was passed to the program, by its name or number.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub(super) fn listen_activated(
+        &mut self,
+        cx: &mut Turn<'_>,
+        name: String,
+        speech: Speech,
+        export: Option<String>,
+    ) -> Result<Address, ServerError> {
+        let options = self.check_listener(&name, &speech, export.as_deref())?;
+        let listener = Listener::adopt(super::activation::take(&name)?, &name)?;
+        let address = listener.address().clone();
+        let acceptor = Acceptor::new(listener, options).map_err(|e| ServerError::Watch(address, e))?;
+        self.add_acceptor(cx, acceptor, Some(name), speech, export)
+    }
+
+    /// Serves one client on a socket of its own, and ends the program with it.
+    ///
+    /// # Errors
+    /// [`ServerError`].
+    pub(super) fn serve_single(
+        &mut self,
+        cx: &mut Turn<'_>,
+        socket: OwnedFd,
+        peer: Peer,
+        export: Option<String>,
+    ) -> Result<(), ServerError> {
+        let speech = Speech::default();
+        let options = self.check_listener(&Address::Stdio, &speech, export.as_deref())?;
+        let acceptor = Acceptor::single(socket, peer, cx.now, options)
+            .map_err(|e| ServerError::Watch(Address::Stdio, e))?;
+        self.single = true;
+        self.add_acceptor(cx, acceptor, None, speech, export).map(|_| ())
+    }
+
+    /// Whether the single client of [`Server::serve_single`] has gone.
+    fn single_is_gone(&self) -> bool {
+        let here = |l: &Listening| l.address() == &Address::Stdio && l.handshakes() > 0;
+        self.single
+            && !self.stopping
+            && !self.listeners.iter().any(here)
+            && !self.connections.values().any(|c| c.listener == Address::Stdio)
+    }
+
+    fn add_acceptor(
+        &mut self,
+        cx: &mut Turn<'_>,
+        acceptor: Acceptor,
+        activated: Option<String>,
+        speech: Speech,
+        export: Option<String>,
+    ) -> Result<Address, ServerError> {
+        let watch = |e| ServerError::Watch(acceptor.address().clone(), e);
+        cx.watch(acceptor.wait_fd()).map_err(|e| watch(e.into()))?;
+        let bound = acceptor.address().clone();
+        tracing::info!(address = %bound, dialect = ?speech.dialect, tls = ?speech.tls, "listening for NBD");
+        self.listeners.push(Listening { acceptor, activated, speech, export });
+        Ok(bound)
+    }
+
+    /// What a listener will need, and whether its export can be had by its dialect.
+    fn check_listener(
+        &self,
+        address: &dyn std::fmt::Display,
+        speech: &Speech,
+        export: Option<&str>,
+    ) -> Result<AcceptorOptions, ServerError> {
+        if self.stopping {
+            return Err(ServerError::Stopping);
+        }
+        if let Some(name) = export.filter(|name| !name.is_empty()) {
             match self.exports.get(name) {
                 Some(export) => speech.fits(name, export.size())?,
                 None => tracing::warn!(%address, export = name, "the listener's export does not exist yet"),
             }
         }
-        let options = speech.options(&self.options)?;
-        let watch = |e| ServerError::Watch(address.clone(), e);
-        let acceptor = Acceptor::new(Listener::bind(address)?, options).map_err(watch)?;
-        cx.watch(acceptor.wait_fd()).map_err(|e| watch(e.into()))?;
-        let bound = acceptor.address().clone();
-        tracing::info!(address = %bound, dialect = ?speech.dialect, tls = ?speech.tls, "listening for NBD");
-        self.listeners.push(Listening { acceptor, speech, export });
-        Ok(bound)
+        speech.options(&self.options)
     }
 
     /// Accepts nothing there any more; connections stay.
@@ -355,6 +430,10 @@ impl Server {
             for event in std::mem::take(&mut self.events) {
                 self.event(cx, &address, event);
             }
+        }
+        if self.single_is_gone() {
+            self.single = false;
+            App::send(&self.control, App::shutdown);
         }
         busy
     }

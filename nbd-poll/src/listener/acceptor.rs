@@ -74,7 +74,9 @@ pub enum Event {
 #[derive(Debug)]
 pub struct Acceptor {
     epoll: OwnedFd,
-    listener: Listener,
+    /// `None`: of one client only.
+    listener: Option<Listener>,
+    address: Address,
     options: AcceptorOptions,
     /// By place; the epoll set knows them by it.
     handshakes: Vec<Option<Handshake>>,
@@ -92,23 +94,43 @@ impl Acceptor {
     /// # Errors
     /// No descriptors left.
     pub fn new(listener: Listener, options: AcceptorOptions) -> io::Result<Self> {
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        epoll::add(&epoll, &listener, epoll::EventData::new_u64(LISTENER), epoll::EventFlags::IN)?;
+        let mut this = Self::idle(listener.address().clone(), options)?;
+        let data = epoll::EventData::new_u64(LISTENER);
+        epoll::add(&this.epoll, &listener, data, epoll::EventFlags::IN)?;
+        (this.listener, this.listening) = (Some(listener), true);
+        Ok(this)
+    }
+
+    /// The handshake of one client, on a socket that somebody else has accepted.
+    ///
+    /// # Errors
+    /// No descriptors left.
+    pub fn single(socket: OwnedFd, peer: Peer, now: Instant, options: AcceptorOptions) -> io::Result<Self> {
+        let mut this = Self::idle(Address::Stdio, options)?;
+        epoll::add(&this.epoll, &socket, epoll::EventData::new_u64(0), epoll::EventFlags::OUT)?;
+        let (tls, deadline) = (this.options.tls.clone(), now + this.options.timeout);
+        this.handshakes.push(Some(Handshake::new(socket, peer, this.options.settings, tls, deadline)));
+        this.active = 1;
+        Ok(this)
+    }
+
+    fn idle(address: Address, options: AcceptorOptions) -> io::Result<Self> {
         Ok(Self {
-            epoll,
-            listener,
+            epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
+            listener: None,
+            address,
             options,
             handshakes: Vec::new(),
             active: 0,
             paused: None,
-            listening: true,
+            listening: false,
             stopping: false,
         })
     }
 
     /// Where it listens.
     pub fn address(&self) -> &Address {
-        self.listener.address()
+        &self.address
     }
 
     /// Handshakes going on.
@@ -165,7 +187,8 @@ impl Acceptor {
             if self.stopping || self.paused.is_some() || self.active >= self.options.max_handshakes {
                 return;
             }
-            match self.listener.accept() {
+            let Some(listener) = &self.listener else { return };
+            match listener.accept() {
                 Ok(None) => return,
                 Ok(Some((_, peer))) if self.active >= room => {
                     events.push(Event::Failed(Identity { peer, tls: None }, HandshakeError::Full));
@@ -268,12 +291,10 @@ impl Acceptor {
     }
 
     fn set_listening(&mut self, on: bool) {
-        if on == self.listening {
-            return;
-        }
+        let Some(listener) = self.listener.as_ref().filter(|_| on != self.listening) else { return };
         let interest = if on { epoll::EventFlags::IN } else { epoll::EventFlags::empty() };
         let data = epoll::EventData::new_u64(LISTENER);
-        if epoll::modify(&self.epoll, &self.listener, data, interest).is_ok() {
+        if epoll::modify(&self.epoll, listener, data, interest).is_ok() {
             self.listening = on;
         }
     }

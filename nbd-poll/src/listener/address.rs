@@ -11,6 +11,8 @@ pub enum Address {
     Unix(PathBuf),
     /// A TCP port.
     Tcp(SocketAddr),
+    /// Nowhere: one client is on standard input and output.
+    Stdio,
 }
 
 impl fmt::Display for Address {
@@ -18,6 +20,7 @@ impl fmt::Display for Address {
         match self {
             Self::Unix(path) => write!(f, "{}", path.display()),
             Self::Tcp(addr) => addr.fmt(f),
+            Self::Stdio => f.write_str("standard input"),
         }
     }
 }

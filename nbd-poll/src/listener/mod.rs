@@ -17,4 +17,4 @@ pub use address::{Address, Peer};
 pub use handshake::HandshakeError;
 pub use identity::{Identity, Shelf, TlsIdentity};
 pub use link::{Encrypted, Socket};
-pub use socket::{ListenError, Listener};
+pub use socket::{ListenError, Listener, peer_of};

@@ -3,6 +3,7 @@
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -44,6 +45,9 @@ pub enum ListenError {
         /// Its length in bytes.
         length: usize,
     },
+    /// Somebody else's socket is not what was promised.
+    #[error("{0} is not a listening stream socket (TCP or unix)")]
+    NotListening(String),
     /// A system call failed.
     #[error("cannot {what} {address}: {source}")]
     System {
@@ -61,7 +65,7 @@ impl ListenError {
     pub fn errno(&self) -> i32 {
         match self {
             Self::InUse(_) => libc::EADDRINUSE,
-            Self::NotASocket(_) => libc::ENOTSOCK,
+            Self::NotASocket(_) | Self::NotListening(_) => libc::ENOTSOCK,
             Self::Path { .. } => libc::ENAMETOOLONG,
             Self::System { source, .. } => source.raw_os_error().unwrap_or(libc::EIO),
         }
@@ -87,6 +91,7 @@ impl Listener {
         match address {
             Address::Unix(path) => Self::bind_unix(address, path),
             Address::Tcp(addr) => Self::bind_tcp(address, *addr),
+            Address::Stdio => Err(ListenError::NotListening("standard input".into())),
         }
     }
 
@@ -133,6 +138,30 @@ impl Listener {
         Ok(Self { socket, address: Address::Tcp(bound), file: None })
     }
 
+    /// Takes over a socket on which somebody else has made us listen (socket activation); `name` is its name for errors.
+    /// The file of a unix socket stays when this is dropped.
+    ///
+    /// # Errors
+    /// [`ListenError::NotListening`].
+    pub fn adopt(socket: OwnedFd, name: &str) -> Result<Self, ListenError> {
+        let wrong = || ListenError::NotListening(name.into());
+        let stream = sockopt::socket_type(&socket).is_ok_and(|t| t == SocketType::STREAM);
+        if !stream || !sockopt::socket_acceptconn(&socket).is_ok_and(|listens| listens) {
+            return Err(wrong());
+        }
+        rustix::io::ioctl_fionbio(&socket, true).map_err(|_| wrong())?;
+        rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC).map_err(|_| wrong())?;
+        let bound = rustix::net::getsockname(&socket).map_err(|_| wrong())?;
+        let address = if let Ok(addr) = SocketAddr::try_from(bound.clone()) {
+            Address::Tcp(addr)
+        } else {
+            let unix = SocketAddrUnix::try_from(bound).map_err(|_| wrong())?;
+            let path = unix.path_bytes().unwrap_or(name.as_bytes());
+            Address::Unix(PathBuf::from(std::ffi::OsStr::from_bytes(path)))
+        };
+        Ok(Self { socket, address, file: None })
+    }
+
     /// Where it listens, with the port in use.
     pub fn address(&self) -> &Address {
         &self.address
@@ -173,9 +202,23 @@ impl Drop for Listener {
     }
 }
 
+/// Who is at the other end of a socket that somebody else has accepted, as inetd does; the socket is tuned.
+///
+/// # Errors
+/// It is not a connected stream socket.
+pub fn peer_of(socket: &OwnedFd) -> io::Result<Peer> {
+    rustix::io::ioctl_fionbio(socket, true)?;
+    let peer = rustix::net::getpeername(socket)?.ok_or(Errno::NOTCONN)?;
+    let address = match SocketAddr::try_from(peer) {
+        Ok(addr) => Address::Tcp(addr),
+        Err(_) => Address::Stdio,
+    };
+    Ok(tune(socket, &address)?)
+}
+
 fn tune(socket: &OwnedFd, address: &Address) -> rustix::io::Result<Peer> {
     match address {
-        Address::Unix(_) => {
+        Address::Unix(_) | Address::Stdio => {
             // Best effort: beyond net.core.wmem_max only root may go.
             if sockopt::set_socket_send_buffer_size_force(socket, SOCKET_BUFFER).is_err() {
                 let _ = sockopt::set_socket_send_buffer_size(socket, SOCKET_BUFFER);
@@ -225,6 +268,25 @@ fn system<E: Into<io::Error>>(what: &'static str, address: &Address) -> impl FnO
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn a_socket_that_listens_already_is_taken_over() {
+        let path = path("adopt");
+        let listening = UnixListener::bind(&path).unwrap();
+        let listener = Listener::adopt(listening.into(), "test").unwrap();
+        assert_eq!(listener.address(), &Address::Unix(path.clone()));
+        let client = UnixStream::connect(&path).unwrap();
+        assert!(listener.accept().unwrap().is_some() && listener.accept().unwrap().is_none());
+        drop(listener);
+        assert!(path.exists(), "the file is somebody else's");
+        let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let addr = tcp.local_addr().unwrap();
+        assert_eq!(Listener::adopt(tcp.into(), "test").unwrap().address(), &Address::Tcp(addr));
+        let connected = Listener::adopt(client.into(), "client").unwrap_err();
+        assert_eq!(connected.to_string(), "client is not a listening stream socket (TCP or unix)");
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert!(matches!(Listener::adopt(file.into(), "f"), Err(ListenError::NotListening(_))));
+    }
+
     use super::*;
     use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net::{UnixListener, UnixStream};

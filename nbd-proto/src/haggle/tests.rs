@@ -436,7 +436,9 @@ fn chunks_and_contexts_are_agreed_upon() {
     let none = TransmissionFlags(0);
     let (df, payload) = (TransmissionFlags::SEND_DF, TransmissionFlags::BLOCK_STATUS_PAYLOAD);
     let all = ["base:allocation"];
-    let cases: &[(&[u32], &str, &[&str], Framing, bool, TransmissionFlags)] = &[
+    /// Options, the name and the queries of SET_META_CONTEXT; and what comes of them.
+    type Case<'a> = (&'a [u32], &'a str, &'a [&'a str], Framing, bool, TransmissionFlags);
+    let cases: &[Case<'_>] = &[
         (&[], "disk", &[], Framing::Simple, false, none),
         (&[opt::STRUCTURED_REPLY], "disk", &all, Framing::Structured, true, df),
         (&[opt::STRUCTURED_REPLY], "", &all, Framing::Structured, true, df),
