@@ -85,17 +85,16 @@ impl Drives {
             }
         }
         // What runs on this thread need not be sendable.
-        let done: Rc<RefCell<Option<Box<dyn FnOnce(&mut Turn<'_>)>>>> =
-            Rc::new(RefCell::new(Some(Box::new(done))));
-        cx.set_local(Rc::new(Ending(done)));
+        cx.set_local(Rc::new(Ending(RefCell::new(Some(Box::new(done))))));
         self.close_all(cx, numbers, |_, cx| Ending::over(cx));
         cx.after(CLOSE_TIME, Ending::over);
     }
 }
 
 /// What is to be done at the end of everything; whoever comes later finds it done.
-#[allow(clippy::type_complexity)]
-struct Ending(Rc<RefCell<Option<Box<dyn FnOnce(&mut Turn<'_>)>>>>);
+struct Ending(RefCell<Option<Finally>>);
+
+type Finally = Box<dyn FnOnce(&mut Turn<'_>)>;
 
 impl Ending {
     fn over(cx: &mut Turn<'_>) {
