@@ -1,16 +1,18 @@
-//! The direct form: `rnbd-initiator map …` maps one device, says how it fares, and lets it go at Ctrl-C.
+//! The direct form: `rnbd-initiator map …` maps one device of an RNBD or NBD server, says how it fares, and lets it go at
+//! Ctrl-C.
 //!
 //! It is the ordinary program, which is told by method calls what to do, as any client could. Its words go to standard
 //! output; the log stays on standard error.
 
 mod export;
+mod nbd;
 mod spec;
 mod watch;
 
 use std::cell::RefCell;
 use std::io::Write;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use engine::app::OnReady;
 use engine::{App, Error};
@@ -21,6 +23,7 @@ use serde_json::Value;
 pub use export::Export;
 pub use spec::Spec;
 
+use nbd::NbdWatch;
 use watch::Watch;
 
 /// What was asked for.
@@ -49,18 +52,20 @@ impl Direct {
 
     /// The program has ended in order.
     pub fn ended(&self) {
-        say(&format!("{} is closed, session {} disconnected", self.spec.device_path, self.spec.sessname));
+        say(&self.spec.ended());
     }
 
     fn map(self, app: &mut App) {
-        let servers: Vec<String> = self.spec.paths.iter().map(|p| p.dst.to_string()).collect();
-        say(&format!("connecting to {}", servers.join(", ")));
-        app.set_state(Rc::new(RefCell::new(Watch::new(&self.spec))));
+        say(&format!("connecting to {}", self.spec.servers()));
+        app.set_state(Rc::new(RefCell::new(match &self.spec {
+            Spec::Rnbd(spec) => Watching::Rnbd(Watch::new(spec)),
+            Spec::Nbd(spec) => Watching::Nbd(NbdWatch::new(spec)),
+        })));
         keep_looking(app);
-        let params = self.spec.params();
-        app.call("bdev_rnbd_map", &params, move |app, cx, answer| match answer {
+        let (method, params) = self.spec.call();
+        app.call(method, &params, move |app, cx, answer| match answer {
             Ok(_) => self.export(app),
-            Err(error) => fail(app, cx, "bdev_rnbd_map", &error),
+            Err(error) => fail(app, cx, method, &error),
         });
     }
 
@@ -87,10 +92,7 @@ impl Direct {
     }
 
     fn ready(&self, place: &str) {
-        say(&format!(
-            "ready: {place} is {} of session {}; Ctrl-C ends it",
-            self.spec.device_path, self.spec.sessname
-        ));
+        say(&format!("ready: {place} is {}; Ctrl-C ends it", self.spec.device()));
     }
 }
 
@@ -120,18 +122,48 @@ fn keep_looking(app: &mut App) {
     });
 }
 
+/// Who says it.
+enum Watching {
+    Rnbd(Watch),
+    Nbd(NbdWatch),
+}
+
 /// Says what has changed since the last look, then runs `then`.
 fn look(app: &mut App, then: impl FnOnce(&mut App, &mut Turn<'_>) + Send + 'static) {
-    let Some(watch) = app.state::<Watch>() else { return };
-    let (session, device) = watch.borrow().asks();
-    app.call("bdev_rnbd_get_sessions", &session, move |app, _, sessions| {
-        app.call("bdev_rnbd_get_devices", &device, move |app, cx, devices| {
-            if let Some(watch) = app.state::<Watch>() {
-                // Both are unknown until they are made.
-                let (sessions, devices) = (sessions.unwrap_or_default(), devices.unwrap_or_default());
-                watch.borrow_mut().see(&sessions, &devices, cx.now).iter().for_each(|line| say(line));
-            }
-            then(app, cx);
-        });
-    });
+    let Some(watching) = app.state::<Watching>() else { return };
+    let (session, device) = match &*watching.borrow() {
+        Watching::Rnbd(watch) => {
+            let (session, device) = watch.asks();
+            (Some(session), device)
+        }
+        Watching::Nbd(watch) => (None, watch.asks()),
+    };
+    // What is asked about is unknown until it is made.
+    match session {
+        Some(session) => {
+            app.call("bdev_rnbd_get_sessions", &session, move |app, _, sessions| {
+                app.call("bdev_rnbd_get_devices", &device, move |app, cx, devices| {
+                    seen(app, &[sessions.unwrap_or_default(), devices.unwrap_or_default()], cx.now);
+                    then(app, cx);
+                });
+            });
+        }
+        None => {
+            app.call("bdev_nbd_get_devices", &device, move |app, cx, devices| {
+                seen(app, &[devices.unwrap_or_default()], cx.now);
+                then(app, cx);
+            });
+        }
+    }
+}
+
+/// Says what is new in the answers.
+fn seen(app: &App, answers: &[Value], now: Instant) {
+    let Some(watching) = app.state::<Watching>() else { return };
+    let lines = match (&mut *watching.borrow_mut(), answers) {
+        (Watching::Rnbd(watch), [sessions, devices]) => watch.see(sessions, devices, now),
+        (Watching::Nbd(watch), [devices]) => watch.see(devices, now),
+        _ => Vec::new(),
+    };
+    lines.iter().for_each(|line| say(line));
 }

@@ -4,12 +4,78 @@ use std::net::IpAddr;
 
 use serde_json::{Map, Value, json};
 
+use super::nbd::NbdSpec;
+
 /// As many as the kernel client takes.
 const MAX_PATHS: usize = 6;
 
+/// What to map.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Spec {
+    /// A device of an RNBD server.
+    Rnbd(RnbdSpec),
+    /// An export of an NBD server.
+    Nbd(NbdSpec),
+}
+
+impl Spec {
+    /// Reads `key=value` words, in any order.
+    ///
+    /// # Errors
+    /// In words, which say what would be right.
+    pub fn parse(words: &[String]) -> Result<Self, String> {
+        if NbdSpec::is_one(words) {
+            return NbdSpec::parse(words).map(Self::Nbd);
+        }
+        RnbdSpec::parse(words).map(Self::Rnbd)
+    }
+
+    /// Name of the bdev.
+    pub fn bdev_name(&self) -> String {
+        match self {
+            Self::Rnbd(spec) => spec.bdev_name(),
+            Self::Nbd(spec) => spec.bdev_name(),
+        }
+    }
+
+    /// The call that maps it.
+    pub fn call(&self) -> (&'static str, Value) {
+        match self {
+            Self::Rnbd(spec) => ("bdev_rnbd_map", spec.params()),
+            Self::Nbd(spec) => ("bdev_nbd_create", spec.params()),
+        }
+    }
+
+    /// Where the server is, for messages.
+    pub fn servers(&self) -> String {
+        match self {
+            Self::Rnbd(spec) => spec.paths.iter().map(|p| p.dst.to_string()).collect::<Vec<_>>().join(", "),
+            Self::Nbd(spec) => spec.server(),
+        }
+    }
+
+    /// What it is, for messages.
+    pub fn device(&self) -> String {
+        match self {
+            Self::Rnbd(spec) => format!("{} of session {}", spec.device_path, spec.sessname),
+            Self::Nbd(spec) => format!("{} of {}", spec.device(), spec.server()),
+        }
+    }
+
+    /// Said at the end.
+    pub fn ended(&self) -> String {
+        match self {
+            Self::Rnbd(spec) => {
+                format!("{} is closed, session {} disconnected", spec.device_path, spec.sessname)
+            }
+            Self::Nbd(spec) => format!("{} is closed, {} disconnected", spec.device(), spec.server()),
+        }
+    }
+}
+
 /// A device of a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Spec {
+pub struct RnbdSpec {
     /// Name of the session.
     pub sessname: String,
     /// Name of the device at the server.
@@ -31,7 +97,7 @@ pub struct Path {
     pub port: Option<u16>,
 }
 
-impl Spec {
+impl RnbdSpec {
     /// Reads `key=value` words, in any order.
     ///
     /// # Errors
@@ -187,8 +253,8 @@ impl Path {
 mod tests {
     use super::*;
 
-    fn parse(line: &str) -> Result<Spec, String> {
-        Spec::parse(&line.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+    fn parse(line: &str) -> Result<RnbdSpec, String> {
+        RnbdSpec::parse(&line.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
     }
 
     #[test]

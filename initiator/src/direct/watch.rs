@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::Spec;
+use super::spec::RnbdSpec;
 
 /// What the user has been told.
 #[derive(Debug)]
@@ -35,7 +35,7 @@ struct Told {
 }
 
 impl Watch {
-    pub fn new(spec: &Spec) -> Self {
+    pub fn new(spec: &RnbdSpec) -> Self {
         Self {
             session: spec.sessname.clone(),
             device: spec.bdev_name(),
@@ -147,7 +147,7 @@ fn reason(why: &str) -> &str {
 }
 
 /// As people say it.
-fn size(bytes: u64) -> String {
+pub(super) fn size(bytes: u64) -> String {
     const UNITS: [(&str, u64); 4] = [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
     match UNITS.iter().find(|(_, unit)| bytes >= *unit) {
         Some((name, unit)) if bytes.is_multiple_of(*unit) => format!("{} {name}", bytes / unit),
@@ -163,7 +163,7 @@ mod tests {
 
     fn watch() -> Watch {
         let words = ["sessname=s", "path=ip:10.0.0.1", "device_path=d"].map(str::to_owned);
-        Watch::new(&Spec::parse(&words).unwrap())
+        Watch::new(&RnbdSpec::parse(&words).unwrap())
     }
 
     fn sessions(paths: &[(&str, &str, Option<&str>)]) -> Value {
