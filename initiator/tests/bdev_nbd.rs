@@ -4,10 +4,12 @@ mod nbd;
 #[path = "world/mod.rs"]
 mod world;
 
+use std::cell::RefCell;
+use std::rc::Rc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
-use bdev::{Op, Status};
+use bdev::{Flags, IoRequest, Mode, Op, Segments, Status};
 use nbd::{Client, FLAGS, Server, Speaks};
 use rnbd_initiator::bdev::nbd::{Dialect, NbdError, NbdParams, Timeouts};
 use world::load::Load;
@@ -256,5 +258,56 @@ fn what_prevents_a_device_is_said_and_nothing_stays() {
     server.disk.lock().unwrap().resize(SIZE, 0);
     server.mood.closed.store(false, Relaxed);
     client.wait_state("open");
+    client.delete(false).unwrap();
+}
+
+/// A user goes without waiting: its memory is not touched any more, and everybody else goes on.
+#[test]
+fn a_channel_is_dropped_with_requests_in_flight() {
+    let client = Client::new();
+    let server = Server::start(Speaks::Simple, SIZE);
+    let p = client.params(&server);
+    client.create(NbdParams { connections: Some(1), ..p }).unwrap();
+    let memory = iobuf::Region::new(1 << 20).unwrap();
+    assert!(memory.copy_in(0, &[0xee; 1 << 20]));
+    let descriptor = client.manager.open("N", Mode::ReadWrite, Box::new(|_| ())).unwrap();
+    server.disk.lock().unwrap().fill(1);
+    server.mood.stall_ms.store(600, Relaxed);
+    let (m, reactor) = (memory.clone(), &client.reactors[0]);
+    let (sent, wait) = std::sync::mpsc::channel();
+    reactor.send(move |cx| {
+        let mut channel = descriptor.channel().unwrap();
+        for i in 0..8u64 {
+            // SAFETY: the test keeps the memory.
+            let segment = unsafe { m.segment(i as usize * 65536, 65536) }.unwrap();
+            let (op, flags) = (Op::Read, Flags::NONE);
+            let segments = Segments::from_slice(&[segment]);
+            let r = IoRequest { op, flags, lba: i * 128, blocks: 128, segments, cookie: i };
+            channel.submit(r).unwrap();
+        }
+        channel.kick();
+        cx.set_local(Rc::new(RefCell::new(Some(channel))));
+        sent.send(()).unwrap();
+    });
+    wait.recv().unwrap();
+    // The first request is read before the server stands still.
+    std::thread::sleep(Duration::from_millis(100));
+    let before = server.connections.load(Relaxed);
+    let (gone, wait) = std::sync::mpsc::channel();
+    reactor.send(move |cx| {
+        let channel = cx.local::<RefCell<Option<bdev::IoChannel>>>().unwrap();
+        drop(channel.borrow_mut().take());
+        gone.send(()).unwrap();
+    });
+    wait.recv().unwrap();
+    let mut there = vec![0; 1 << 20];
+    assert!(memory.copy_out(0, &mut there));
+    until("another connection", || server.connections.load(Relaxed) > before);
+    let load = Load::start(&client.manager, &client.reactors[0], "N", 8, 8);
+    load.goes_on(500);
+    load.stop().good();
+    let mut later = vec![0; 1 << 20];
+    assert!(memory.copy_out(0, &mut later));
+    assert!(there == later, "memory was written after its user had it back");
     client.delete(false).unwrap();
 }

@@ -83,6 +83,13 @@ impl<S: Link> RemoteDisk<S> {
         (state.own.get(&reactor).copied().unwrap_or(state.gate), state.fast_io_fail)
     }
 
+    /// Whether a reactor serves it by itself. One that has no connection now goes by way of the first one, if that has one.
+    fn is_local(&self, reactor: usize) -> bool {
+        let is_open = |reactor| matches!(self.gate(reactor).0, Gate::Open(_));
+        let elsewhere = || self.reactors.first().is_some_and(|home| is_open(*home));
+        self.reactors.contains(&reactor) && (is_open(reactor) || !elsewhere())
+    }
+
     /// For all reactors.
     pub(super) fn set_gate(&self, gate: Gate<S>) {
         let mut state = self.state();
@@ -120,7 +127,7 @@ impl<S: Link> Bdev for RemoteDisk<S> {
     }
 
     fn channel(self: Arc<Self>) -> Result<Box<dyn Channel>, ChannelError> {
-        match Here::<S>::get().filter(|here| self.reactors.contains(&here.index)) {
+        match Here::<S>::get().filter(|here| self.is_local(here.index)) {
             Some(here) => match LocalChannel::open(self.clone(), here) {
                 Ok(channel) => Ok(Box::new(channel)),
                 Err(e) => Err(refused(&self, e.to_string())),

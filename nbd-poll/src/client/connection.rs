@@ -403,6 +403,11 @@ impl Connection {
         self.replies.in_flight()
     }
 
+    /// Whether a request with one of these tokens is in flight. Looks through all of them.
+    pub fn carries(&self, tokens: &[u64]) -> bool {
+        self.replies.tokens().any(|token| tokens.contains(&token))
+    }
+
     /// As agreed.
     pub fn framing(&self) -> Framing {
         self.replies.framing()

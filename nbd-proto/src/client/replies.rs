@@ -148,6 +148,11 @@ impl Replies {
         MAX_IN_FLIGHT - self.free.len()
     }
 
+    /// The tokens of requests without an answer.
+    pub fn tokens(&self) -> impl Iterator<Item = u64> + '_ {
+        self.slots.iter().filter(|s| s.used).map(|s| s.token)
+    }
+
     /// Takes a request, whose head must be sent next, followed by a write's data.
     ///
     /// # Errors

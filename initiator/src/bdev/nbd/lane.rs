@@ -61,6 +61,8 @@ struct OneLink {
     fd: RawFd,
     /// The server is about to end: nothing more is asked of it.
     draining: bool,
+    /// Requests were taken back that the server may still execute.
+    abandoned: bool,
     io_timeout: Option<Duration>,
 }
 
@@ -112,6 +114,13 @@ impl NbdLane {
         let here = Here::install(index, registry);
         let lane = Self { here, drives: Vec::new(), tell, turns: 0, done: Vec::with_capacity(256) };
         let lane = Rc::new(RefCell::new(lane));
+        let weak = Rc::downgrade(&lane);
+        lane.borrow().here.set_abandon(Box::new(move |tokens| {
+            // Channels are dropped by their users, never from within the lane.
+            if let Some(lane) = weak.upgrade() {
+                lane.borrow_mut().abandon(tokens);
+            }
+        }));
         cx.set_local(Rc::new(LaneCell(lane.clone())));
         cx.add_poller("bdev_nbd", Box::new(LanePoller(lane)));
     }
@@ -140,7 +149,14 @@ impl NbdLane {
         }
         let Some(drive) = self.drives.get_mut(at) else { return };
         (drive.limits, drive.always_fua) = (new.limits, new.always_fua);
-        drive.links.push(OneLink { index, connection, fd, draining: false, io_timeout: new.io_timeout });
+        drive.links.push(OneLink {
+            index,
+            connection,
+            fd,
+            draining: false,
+            abandoned: false,
+            io_timeout: new.io_timeout,
+        });
         drive.regate(&self.here, cx.now);
         self.turns = LOOK_EVERY;
     }
@@ -156,9 +172,13 @@ impl NbdLane {
         let Some(at) = self.drives.iter().position(|d| d.number == number) else { return };
         let mut drive = self.drives.swap_remove(at);
         for mut link in drive.links.drain(..) {
+            let busy = link.connection.in_flight() > 0;
             link.connection.disconnect();
             link.connection.lost(|token| self.here.disks().completed(token, Err(Errno::ECONNABORTED)));
             cx.unwatch(link.fd);
+            if busy {
+                link.connection.abort();
+            }
         }
         for old in drive.old {
             cx.unwatch(old.fd);
@@ -170,6 +190,23 @@ impl NbdLane {
     /// Control: requests of a device that was given up may wait again.
     pub fn revive(&mut self, number: u64, now: Instant) {
         self.here.disks().revive(number, now);
+    }
+
+    /// Nobody waits for these requests any more, and their memory is about to go: ends the connections that carry them.
+    /// What else these carry is repeated.
+    fn abandon(&mut self, tokens: &[u64]) {
+        let here = self.here.clone();
+        for link in self.drives.iter_mut().flat_map(|d| &mut d.links).filter(|l| l.connection.carries(tokens))
+        {
+            link.abandoned = true;
+            link.connection.give_up("a user left while its requests were in flight");
+            link.connection.lost(|token| {
+                if !tokens.contains(&token) {
+                    here.disks().completed(token, Err(Errno::ECONNABORTED));
+                }
+            });
+        }
+        self.turns = LOOK_EVERY;
     }
 
     fn turn(&mut self, cx: &mut Turn<'_>) -> bool {
@@ -295,7 +332,7 @@ impl Drive {
 
     /// What a connection leaves behind: its requests go back, and what its server may still do is waited for.
     fn lost(&mut self, here: &Here<NbdLink>, cx: &mut Turn<'_>, mut link: OneLink) {
-        let mut any = false;
+        let mut any = link.abandoned;
         link.connection.lost(|token| {
             any = true;
             here.disks().completed(token, Err(Errno::ECONNABORTED));

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::*;
-use crate::bdev::nbd::lane::NewLink;
+use crate::bdev::nbd::lane::{NewLink, STALE};
 
 /// Pause before the first attempt after a loss: a server that closes one connection closes the others, too.
 const AT_ONCE: Duration = Duration::from_millis(50);
@@ -73,10 +73,18 @@ impl Drives {
         }
         self.connect_others(cx, who.0);
         self.shown(who.0);
-        if let Some(drive) = self.drives.get_mut(&who.0) {
+        self.answer_open(who.0);
+        Ok(())
+    }
+
+    /// Tells those who wait for a device that it is open, once every connection has been tried: whoever opens a channel then
+    /// finds those that there are.
+    fn answer_open(&mut self, number: u64) {
+        let Some(drive) = self.drives.get_mut(&number).filter(|d| d.state == State::Open) else { return };
+        if drive.conns.iter().all(|c| c.up.is_some() || c.failures > 0) {
+            let name = drive.params.name.clone();
             drive.waiting.drain(..).for_each(|done| done(Ok(name.clone())));
         }
-        Ok(())
     }
 
     /// The bdev that the server's description goes with, made if there is none yet.
@@ -99,12 +107,18 @@ impl Drives {
         // The same after a restart with the same configuration, for which `save_config` writes it.
         let uuid = p.uuid.unwrap_or_else(uuid::Uuid::new_v4);
         let info = geometry::info(&p.name, uuid, p.read_only, agreed);
-        let mut places: Vec<usize> = drive.conns.iter().map(|c| c.reactor).collect();
-        places.sort_unstable();
-        places.dedup();
+        // The first of them is home.
+        let mut places: Vec<usize> = Vec::new();
+        for conn in &drive.conns {
+            if !places.contains(&conn.reactor) {
+                places.push(conn.reactor);
+            }
+        }
         let home = self.reactors[home].clone();
         let blocks = geometry::blocks(agreed);
         let disk = Arc::new(NbdDisk::new(info, number, blocks, p.timeouts.fast_io_fail, (places, home)));
+        // For writes of users that leave without waiting.
+        disk.fence().set_hold(STALE);
         let registered = self.manager.register(disk.clone());
         if let Err(e) = registered {
             drive.conns.truncate(1);
@@ -153,6 +167,7 @@ impl Drives {
         } else if drive.state == State::Closed {
             self.answer_waiting(who.0, error);
         }
+        self.answer_open(who.0);
         self.shown(who.0);
         self.try_later(cx, who);
     }
