@@ -123,9 +123,16 @@ impl Connection {
         let mut calls = 0;
         while self.digest(out) && calls < CALLS_PER_TURN && out.len() - before < REQUESTS_PER_TURN {
             match self.read(out) {
-                Ok(Moved::Some(_)) => calls += 1,
-                Ok(Moved::WouldBlock) => break,
-                Ok(Moved::End) => {
+                Ok((Moved::Some(_), full)) => {
+                    calls += 1;
+                    // The socket had no more: asking it again would cost a system call to hear that.
+                    if !full {
+                        self.digest(out);
+                        break;
+                    }
+                }
+                Ok((Moved::WouldBlock, _)) => break,
+                Ok((Moved::End, _)) => {
                     let between = self.staging.is_empty() && self.machine.want() == Want::Header;
                     self.finish(if between { End::Closed } else { End::Truncated });
                 }
@@ -260,7 +267,7 @@ impl Connection {
                     self.staging.consume(self.machine.header_len());
                     match result {
                         Ok(Some(event)) => self.event(event, out),
-                        Ok(None) => self.staging.follow(true),
+                        Ok(None) => self.staging.follow(u32::MAX),
                         Err(violation) => self.finish(End::Violation(violation)),
                     }
                 }
@@ -325,8 +332,9 @@ impl Connection {
         pieces
     }
 
-    /// One system call: the rest of a payload where it belongs, and what follows into the staging.
-    fn read(&mut self, out: &mut Vec<Incoming>) -> io::Result<Moved> {
+    /// One system call: the rest of a payload where it belongs, and what follows into the staging. Also whether there was
+    /// as much as asked for.
+    fn read(&mut self, out: &mut Vec<Incoming>) -> io::Result<(Moved, bool)> {
         let mut discarded = [0u8; 4096];
         let mut pieces = self.payload_pieces();
         let mut payload: usize = pieces.iter().map(|p| p.iov_len).sum();
@@ -341,6 +349,8 @@ impl Connection {
         }
         // SAFETY: the payload's pieces are as in `take_staged`; the others are exclusively borrowed until here.
         let moved = unsafe { self.pipe.read(&pieces) }?;
+        let asked: usize = pieces.iter().map(|p| p.iov_len).sum();
+        let full = moved == Moved::Some(asked);
         if let Moved::Some(n) = moved {
             let of_payload = n.min(payload);
             self.staging.filled(n - of_payload);
@@ -350,19 +360,19 @@ impl Connection {
                 self.event(event, out);
             }
         }
-        Ok(moved)
+        Ok((moved, full))
     }
 
     fn event(&mut self, event: Event, out: &mut Vec<Incoming>) {
         match event {
             Event::Writing(request) => {
-                self.staging.follow(true);
+                self.staging.follow(request.payload_len());
                 self.waiting = Some(request);
             }
             Event::Request(request) => match self.writing.take() {
                 Some(id) => self.hand_out(id, request, out),
                 None => {
-                    self.staging.follow(false);
+                    self.staging.follow(0);
                     self.waiting = Some(request);
                 }
             },

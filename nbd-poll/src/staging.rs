@@ -2,27 +2,34 @@
 
 /// Headers read at once while requests have no payload.
 const AHEAD: usize = 32;
+/// A payload of so many bytes is copied sooner than fetched by a system call of its own.
+const SMALL_PAYLOAD: u32 = 8 << 10;
+/// Bytes read at once while payloads are small: a few requests with theirs.
+const WIDE: usize = 32 << 10;
 
 /// A little buffer in front of the socket.
 ///
 /// How far it reads ahead follows the requests: after one without a payload, headers of 32 more, so that a queue of
-/// reads arrives with one system call; after a write just one header, because what follows that is another payload
-/// most likely, which should go straight to its own buffer.
+/// reads arrives with one system call; after a small write, some more of them with their payloads, which are then copied;
+/// after a large write just one header, because what follows that is another payload most likely, which should go
+/// straight to its own buffer.
 #[derive(Debug)]
 pub(crate) struct Staging {
-    bytes: Box<[u8]>,
+    /// Grows once, at the first small write.
+    bytes: Vec<u8>,
     /// Bytes of a header.
     header_len: usize,
     start: usize,
     end: usize,
+    /// Bytes.
     ahead: usize,
 }
 
 impl Staging {
     /// For headers of `header_len` bytes.
     pub(crate) fn new(header_len: usize) -> Self {
-        let bytes = vec![0; AHEAD * header_len].into_boxed_slice();
-        Self { bytes, header_len, start: 0, end: 0, ahead: AHEAD }
+        let ahead = AHEAD * header_len;
+        Self { bytes: vec![0; ahead], header_len, start: 0, end: 0, ahead }
     }
 
     /// A whole header, if there is one.
@@ -44,9 +51,13 @@ impl Staging {
         self.start == self.end
     }
 
-    /// The next request decides how far to read ahead.
-    pub(crate) fn follow(&mut self, has_payload: bool) {
-        self.ahead = if has_payload { 1 } else { AHEAD };
+    /// A request with so many bytes of payload decides how far to read ahead.
+    pub(crate) fn follow(&mut self, payload: u32) {
+        self.ahead = match payload {
+            0 => AHEAD * self.header_len,
+            1..=SMALL_PAYLOAD => WIDE,
+            _ => self.header_len,
+        };
     }
 
     /// Room for the next read.
@@ -54,7 +65,10 @@ impl Staging {
         self.bytes.copy_within(self.start..self.end, 0);
         self.end -= self.start;
         self.start = 0;
-        let limit = (self.ahead * self.header_len).max(self.end);
+        let limit = self.ahead.max(self.end);
+        if self.bytes.len() < limit {
+            self.bytes.resize(limit, 0);
+        }
         &mut self.bytes[self.end..limit]
     }
 
@@ -75,7 +89,9 @@ mod tests {
     fn reads_ahead_as_far_as_is_useful() {
         let mut s = Staging::new(REQUEST_LEN);
         assert_eq!(s.room().len(), AHEAD * REQUEST_LEN);
-        s.follow(true);
+        s.follow(SMALL_PAYLOAD);
+        assert_eq!(s.room().len(), WIDE);
+        s.follow(SMALL_PAYLOAD + 1);
         assert_eq!(s.room().len(), REQUEST_LEN);
         s.room().copy_from_slice(&[7; REQUEST_LEN]);
         s.filled(20);
