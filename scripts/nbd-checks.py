@@ -394,6 +394,28 @@ def loris():
         client.sock.close()
 
 
+def begin_and_stop():
+    """Clients that begin a request, and go on with it or not, for as long as the other tests take."""
+    clients = []
+    for begin in (lambda c: c.sock.sendall(b"\x25\x60\x95"), lambda c: c.request(nbd_raw.WRITE, data_len=8192, data=b"x"),
+                  lambda c: c.request(nbd_raw.WRITE, data_len=1 << 20, data=b"x" * 5000), lambda c: None):
+        clients.append(Client(SOCK).simple("file"))
+        begin(clients[-1])
+    return time.monotonic(), clients
+
+
+def are_shed(since, clients):
+    """They were, after 30 s; a client that is just quiet stays."""
+    *stopped, quiet = clients
+    for c in stopped:
+        c.sock.settimeout(max(1, since + 45 - time.monotonic()))
+        assert c.is_closed()
+    assert time.monotonic() - since > 29
+    quiet.request(nbd_raw.READ, length=512)
+    assert quiet.chunk()[0] == nbd_raw.NONE and len(nbd_raw.receive(quiet.sock, 512)) == 512
+    quiet.sock.close()
+
+
 def receive_all(s):
     data = b""
     while piece := s.recv(4096):
@@ -584,7 +606,10 @@ def idle():
         h.shutdown()
 
 
+shed = begin_and_stop()
 for test in (handshakes, names, options, refusals, chunks, block_status, extended, old_dialects, allow_lists, hostile, loris,
              raw, large, queue, slow_reader, control, bdev_removed, resize, configuration, idle):
     print(test.__name__, flush=True)
     test()
+print("stalled", flush=True)
+are_shed(*shed)
