@@ -305,7 +305,7 @@ impl Dial {
                 Ok(Step::Again)
             }
             Ok(Moved::WouldBlock) => Ok(Step::Wait { read: false }),
-            Ok(Moved::End) => Err(self.closed("handshake")),
+            Ok(Moved::End) => Err(self.closed("handshake", matches!(pipe, Pipe::Tls(_)))),
             Err(source) => Err(DialError::Connect { address: self.address.clone(), source }),
         }
     }
@@ -329,7 +329,7 @@ impl Dial {
         match moved {
             Ok(Moved::Some(_)) => {}
             Ok(Moved::WouldBlock) => return Ok(Step::Wait { read: true }),
-            Ok(Moved::End) => return Err(self.closed("handshake")),
+            Ok(Moved::End) => return Err(self.closed("handshake", matches!(pipe, Pipe::Tls(_)))),
             Err(source) if matches!(pipe, Pipe::Tls(_)) => {
                 return Err(DialError::Tls { address: self.address.clone(), source });
             }
@@ -364,16 +364,19 @@ impl Dial {
                 self.state = State::Haggling(Pipe::Tls(tls));
                 return Ok(Step::Again);
             }
-            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => return Err(self.closed("TLS handshake")),
+            Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => {
+                return Err(self.closed("TLS handshake", true));
+            }
             Err(source) => return Err(DialError::Tls { address: self.address.clone(), source }),
         };
         self.state = State::StartingTls(tls);
         Ok(step)
     }
 
-    fn closed(&self, phase: &'static str) -> DialError {
-        let hint = if phase == "TLS handshake" {
-            " (does it trust the client's certificate?)"
+    /// `encrypted`: from TLS 1.3 on a server that does not want this client says so only after the handshake of TLS.
+    fn closed(&self, phase: &'static str, encrypted: bool) -> DialError {
+        let hint = if encrypted {
+            " (does it trust the client's certificate, and is there such an export?)"
         } else if self.options.wishes.tls == Tls::Off {
             " (is there such an export, and may this host have it without TLS?)"
         } else {
