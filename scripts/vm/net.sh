@@ -110,10 +110,16 @@ _setup_tap() {
 
 # The first packets of a link resolve its neighbours. The RDMA connection manager of Linux waits for a neighbour until
 # its time is over (30 s for RTRS) if the answer comes at once, as over veth: before its request is in the list that is
-# looked at then (`addr.c`: `rdma_resolve_ip`, `netevent_callback`).
+# looked at then (`addr.c`: `rdma_resolve_ip`, `netevent_callback`). And rxe's neighbour stays: while a link is cut it could
+# not be asked again, and a send without one leaves rxe's QP 1 in the error state for good (see cut_path).
 _meet_neighbours() {
-  local i
-  for ((i = 1; i <= $1; i++)); do must ping -q -c 1 -W 10 "$(server_addr "$i")" >/dev/null; done
+  local i c address mac
+  for ((i = 1; i <= $1; i++)); do
+    address=$(server_addr "$i") c=$(_client_if "$i")
+    must ping -q -c 1 -W 10 "$address" >/dev/null
+    mac=$(ip neigh show "$address" dev "$c" | sed -n 's/.*lladdr \([^ ]*\).*/\1/p')
+    must ip neigh replace "$address" dev "$c" lladdr "$mac" nud permanent
+  done
 }
 
 # _setup_netem N: VM_NETEM on links 1…N.
