@@ -155,10 +155,17 @@ impl fmt::Display for Error {
                 "the export has {size} bytes; requests of 1997 have 32-bit offsets, so {ORIGINAL_MAX_SIZE} are the most"
             ),
             Self::ExportName(name, why) => {
-                write!(f, "EXPORT_NAME for '{}': {why}", super::server::shown(name))
+                write!(f, "EXPORT_NAME for '{}': {why}", shown(name))
             }
         }
     }
 }
 
 impl std::error::Error for Error {}
+
+/// A name from a client as it may appear in texts: printable, and not endless.
+pub(super) fn shown(name: &str) -> String {
+    let end = name.floor_char_boundary(256);
+    let dots = if end < name.len() { "…" } else { "" };
+    format!("{}{dots}", name[..end].escape_debug())
+}
