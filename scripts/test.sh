@@ -55,6 +55,7 @@ stage release cargo build --release --workspace --bins
 stage spdk-client scripts/test-spdk-client.sh build/release/rnbd-target
 stage native scripts/test-native.sh build/release
 stage nbd scripts/test-nbd.sh build/release
+stage nbd-client scripts/test-nbd-client.sh build/release
 if [[ ${1:-} != --quick ]]; then
   stage fuzz fuzz/run.sh 10
   stage vm-build scripts/vm/build.sh
