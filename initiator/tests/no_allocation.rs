@@ -1,5 +1,7 @@
-//! Requests of bdev_rnbd allocate nothing on their reactor once it runs: channel, cutting, bouncing, RTRS and soft RoCE.
+//! Requests of remote bdevs allocate nothing on their reactor once it runs: channel, cutting, bouncing, RTRS and soft RoCE;
+//! NBD in every dialect.
 
+mod nbd;
 mod world;
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -8,9 +10,10 @@ use std::rc::Rc;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use bdev::{Completions, Descriptor, Flags, IoChannel, IoRequest, Mode, Op, Segments, Status};
+use bdev::{Completions, Descriptor, Flags, IoChannel, IoRequest, Manager, Mode, Op, Segments, Status};
 use iobuf::Region;
-use reactor::{Polled, Poller, PollerId, Turn};
+use nbd::{Client, Server, Speaks};
+use reactor::{Handle, Polled, Poller, PollerId, Turn};
 use serde_json::json;
 use world::{Initiator, Net, Target, null};
 
@@ -111,17 +114,12 @@ impl Poller for Runner {
     }
 }
 
-#[test]
-fn requests_allocate_nothing() {
-    let net = Net::SoftRoce(9);
-    let target =
-        Target::start(&net, &[null("n", 1 << 20, 512)], json!({"queue_depth": 64, "max_io_size": 8192}));
-    let initiator = Initiator::new(&net);
-    initiator.map(initiator.params("n", "n")).unwrap();
-    let registered = initiator.manager.registry().map(BLOCKS * 512).unwrap();
-    let descriptor = initiator.manager.open("n", Mode::ReadWrite, Box::new(|_| ())).unwrap();
+/// Time of the measured requests on bdev `name`, and what they allocated.
+fn measure(manager: &Arc<Manager>, reactor: &Handle, name: &str) -> (Duration, u64) {
+    let registered = manager.registry().map(BLOCKS * 512).unwrap();
+    let descriptor = manager.open(name, Mode::ReadWrite, Box::new(|_| ())).unwrap();
     let (result, measured) = mpsc::channel();
-    initiator.reactors[0].send(move |cx| {
+    reactor.send(move |cx| {
         let mut channel = descriptor.channel().unwrap();
         let mut runner = Runner {
             channel: None,
@@ -141,10 +139,37 @@ fn requests_allocate_nothing() {
         id.set(Some(cx.add_poller("runner", Box::new(runner))));
     });
     let (time, allocations) = measured.recv_timeout(4 * world::PATIENCE).expect("requests complete");
-    println!("{:.1} µs per request of {} bytes", time.as_secs_f64() * 1e6 / MEASURED as f64, BLOCKS * 512);
+    println!(
+        "{name}: {:.1} µs per request of {} bytes",
+        time.as_secs_f64() * 1e6 / MEASURED as f64,
+        BLOCKS * 512
+    );
+    (time, allocations)
+}
+
+#[test]
+fn requests_allocate_nothing() {
+    let net = Net::SoftRoce(9);
+    let target =
+        Target::start(&net, &[null("n", 1 << 20, 512)], json!({"queue_depth": 64, "max_io_size": 8192}));
+    let initiator = Initiator::new(&net);
+    initiator.map(initiator.params("n", "n")).unwrap();
+    let (_, allocations) = measure(&initiator.manager, &initiator.reactors[0], "n");
     assert_eq!(allocations, 0, "in {MEASURED} requests");
     initiator.unmap("n", true).unwrap();
     drop(target);
+}
+
+#[test]
+fn requests_of_nbd_allocate_nothing() {
+    let client = Client::new();
+    for speaks in [Speaks::Simple, Speaks::Structured, Speaks::Extended] {
+        let server = Server::start(speaks, 1 << 20);
+        client.create(client.params(&server)).unwrap();
+        let (_, allocations) = measure(&client.manager, &client.reactors[0], "N");
+        assert_eq!(allocations, 0, "in {MEASURED} requests, {speaks:?}");
+        client.delete(true).unwrap();
+    }
 }
 
 /// The counter counts.

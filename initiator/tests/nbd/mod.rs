@@ -1,5 +1,6 @@
 //! NBD servers in this process that speak every dialect, in their own words, and misbehave when they are told to; and
 //! bdev_nbd on a control thread and reactors of its own.
+#![allow(dead_code, reason = "every test binary uses its own part")]
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
