@@ -3,6 +3,8 @@
 use std::collections::VecDeque;
 use std::io;
 
+use smallvec::SmallVec;
+
 use crate::slots::{MAX_IN_FLIGHT, RequestId, Slots};
 use crate::stream::Moved;
 use crate::tls::pipe::Pipe;
@@ -41,11 +43,10 @@ impl Outbox {
     pub(crate) fn send(&mut self, pipe: &mut Pipe, slots: &mut Slots) -> io::Result<bool> {
         self.blocked = false;
         while !self.queue.is_empty() {
-            let mut pieces = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; MAX_PIECES];
-            let count = self.gather(slots, &mut pieces);
+            let mut pieces = self.gather(slots);
             // SAFETY: headers and data belong to slots, which are only released below, after the call; the device is
             // done with the data, so nobody changes it.
-            match unsafe { pipe.write(&mut pieces[..count]) }? {
+            match unsafe { pipe.write(&mut pieces) }? {
                 Moved::Some(n) => self.advance(n, slots),
                 Moved::WouldBlock => {
                     self.blocked = true;
@@ -61,9 +62,9 @@ impl Outbox {
         Ok(true)
     }
 
-    /// Lists the pieces of as many answers as there is room for, less what is sent; returns how many pieces.
-    fn gather(&self, slots: &Slots, pieces: &mut [libc::iovec; MAX_PIECES]) -> usize {
-        let (mut count, mut skip) = (0, self.sent);
+    /// Lists the pieces of as many answers as there is room for, less what is sent.
+    fn gather(&self, slots: &Slots) -> SmallVec<[libc::iovec; MAX_PIECES]> {
+        let (mut pieces, mut skip) = (SmallVec::new(), self.sent);
         for id in &self.queue {
             // SAFETY: the slot stays in use until the answer is sent.
             let (head, extents, data) = unsafe { slots.reply(*id) };
@@ -73,17 +74,16 @@ impl Outbox {
                     skip -= len;
                     continue;
                 }
-                if count == MAX_PIECES {
-                    return count;
+                if pieces.len() == MAX_PIECES {
+                    return pieces;
                 }
                 // `skip` is less than `len`, so this stays inside the piece.
                 let base = base.wrapping_add(skip);
-                pieces[count] = libc::iovec { iov_base: base.cast(), iov_len: len - skip };
+                pieces.push(libc::iovec { iov_base: base.cast(), iov_len: len - skip });
                 skip = 0;
-                count += 1;
             }
         }
-        count
+        pieces
     }
 
     /// `n` more bytes are sent.
