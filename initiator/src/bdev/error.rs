@@ -3,6 +3,7 @@
 use rnbd_proto::Errno;
 use rtrs_poll::client::{ControlError, PathError};
 
+use super::reply::Refusal;
 use crate::client::CallError;
 
 /// No such file or directory.
@@ -168,6 +169,20 @@ impl MapError {
             Self::Device { .. } => "unmap and map it again to use it as it is now",
             _ => return None,
         })
+    }
+}
+
+impl Refusal for MapError {
+    fn errno(&self) -> i32 {
+        self.errno()
+    }
+
+    fn hint(&self) -> Option<&'static str> {
+        self.hint()
+    }
+
+    fn parameter(&self) -> Option<&'static str> {
+        if let Self::Invalid { parameter, .. } = self { Some(parameter) } else { None }
     }
 }
 

@@ -61,6 +61,7 @@ mod methods;
 pub mod nbd;
 mod params;
 mod proxy;
+mod reply;
 mod request;
 mod send;
 mod slots;

@@ -1,20 +1,19 @@
 //! The client's end of one connection in the transmission phase.
 
 use std::collections::VecDeque;
-use std::io;
 use std::os::fd::RawFd;
 use std::time::Instant;
 
 use iobuf::Segment;
 use nbd_proto::client::{
-    Ask, Command, Event, Framing, Head, MAX_HEAD, MAX_IN_FLIGHT, Replies, RequestId, Unsendable, Violation,
-    Want,
+    Ask, Command, Event, Framing, Head, MAX_HEAD, MAX_IN_FLIGHT, Replies, RequestId, Unsendable, Want,
 };
 use nbd_proto::wire::{EXTENDED_REPLY_LEN, SIMPLE_REPLY_LEN, STRUCTURED_REPLY_LEN};
 use smallvec::SmallVec;
 
 use super::ahead::Ahead;
 use super::dial::Dialled;
+use super::remains::{End, Remains};
 use crate::Segments;
 use crate::stream::Moved;
 use crate::tls::pipe::Pipe;
@@ -27,37 +26,6 @@ const READ_PIECES: usize = 17;
 const WRITE_PIECES: usize = 64;
 /// Answers up to this many bytes are read ahead and copied: less than another system call costs.
 const SHORT: u32 = 8 << 10;
-
-/// Why a connection has ended.
-#[derive(Debug, thiserror::Error)]
-pub enum End {
-    /// The server closed it between two replies.
-    #[error("the server has closed the connection")]
-    Closed,
-    /// The server closed it in the middle of a reply.
-    #[error("the server has closed the connection in the middle of a reply")]
-    Truncated,
-    /// The server does not speak NBD, or no dialect that was agreed upon.
-    #[error("the server broke the protocol: {0}")]
-    Violation(#[from] Violation),
-    /// A write was answered before the server can have had its data.
-    #[error("the server broke the protocol: it answered a request that was not sent completely")]
-    Early,
-    /// The socket failed.
-    #[error("the connection has failed: {0}")]
-    Failed(#[from] io::Error),
-    /// It was given up here: why.
-    #[error("{0}")]
-    GivenUp(String),
-}
-
-impl End {
-    /// The server itself has let go of the connection, so it does not read from it any more. Otherwise it may still be
-    /// working on requests that it has, or find more of them in its socket.
-    pub fn is_servers(&self) -> bool {
-        matches!(self, Self::Closed | Self::Truncated)
-    }
-}
 
 /// A request that is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -451,37 +419,6 @@ impl Connection {
         self.pipe.shut_down_write();
         self.pipe.want(true, false);
         Remains { pipe: self.pipe }
-    }
-}
-
-/// What is left of a connection that was given up here, while the server may still be working for it.
-#[derive(Debug)]
-pub struct Remains {
-    pipe: Pipe,
-}
-
-impl Remains {
-    /// Whether the server has closed its side by now: it has read all there was, and will answer nothing more. Throws
-    /// away what it still sends, within a budget.
-    pub fn is_closed(&mut self) -> bool {
-        let mut bytes = [0u8; 4096];
-        for _ in 0..CALLS_PER_TURN {
-            let piece = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
-            // SAFETY: `bytes` is exclusively borrowed.
-            match unsafe { self.pipe.read_raw(&[piece]) } {
-                Ok(Moved::Some(_)) => {}
-                Ok(Moved::WouldBlock) => return false,
-                Ok(Moved::End) => return true,
-                // A connection that has failed says nothing of what the server does.
-                Err(_) => return false,
-            }
-        }
-        false
-    }
-
-    /// Waits no longer: what was not sent is thrown away, and the server hears of a reset.
-    pub fn abort(mut self) {
-        self.pipe.reset_on_close();
     }
 }
 

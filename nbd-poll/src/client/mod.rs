@@ -11,6 +11,8 @@
 mod ahead;
 mod connection;
 mod dial;
+mod remains;
 
-pub use connection::{Connection, Done, End, Remains};
+pub use connection::{Connection, Done};
 pub use dial::{Address, Dial, DialError, DialOptions, Dialled, Original, Secure};
+pub use remains::{End, Remains};

@@ -10,10 +10,11 @@ use std::time::{Duration, Instant};
 use engine::App;
 use reactor::Turn;
 use rpc::{MethodTable, Responder, RpcError, States};
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::Value;
 
-use super::maps::{Done, Maps, SessionChanges};
+use super::maps::{Maps, SessionChanges};
+use super::reply::{answer, answer_true, error, invalid};
 use super::subsystem::Loading;
 use super::{DeviceInfo, MapError};
 use map::MapCall;
@@ -174,38 +175,6 @@ fn with(app: &App, r: Responder, f: impl FnOnce(&mut Maps, &mut Turn<'_>, Respon
 
 fn none() -> RpcError {
     RpcError::internal("bdev_rnbd is not initialised yet")
-}
-
-fn answer<T: Serialize + 'static>(r: Responder) -> Done<T> {
-    Box::new(move |result| {
-        let method = r.method().to_owned();
-        r.reply(result.map_err(|e| error(&method, &e)));
-    })
-}
-
-fn answer_true(r: Responder) -> Done<()> {
-    Box::new(move |result| {
-        let method = r.method().to_owned();
-        r.reply(result.map(|()| true).map_err(|e| error(&method, &e)));
-    })
-}
-
-fn error(method: &str, e: &MapError) -> RpcError {
-    let error = match e {
-        MapError::Invalid { parameter, .. } => {
-            RpcError::invalid_params(format!("{method}: {e}")).param(parameter)
-        }
-        _ => RpcError::errno(e.errno(), format!("{method}: {e}")),
-    };
-    let error = error.method(method);
-    match e.hint() {
-        Some(hint) => error.hint(hint),
-        None => error,
-    }
-}
-
-fn invalid(method: &str, param: &str, text: impl Into<String>) -> RpcError {
-    RpcError::invalid_params(format!("{method}: {param}: {}", text.into())).method(method).param(param)
 }
 
 /// The call that makes a mapping again.

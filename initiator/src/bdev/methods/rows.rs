@@ -1,18 +1,11 @@
 //! Results.
 
 use rtrs_poll::client::{PathInfo, PathStats};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::bdev::maps::{access_mode, path_name};
+use crate::bdev::reply::known;
 use crate::bdev::{DeviceInfo, SessionReport};
-
-/// Drops what is not known.
-fn known(value: Value) -> Value {
-    match value {
-        Value::Object(all) => all.into_iter().filter(|(_, v)| !v.is_null()).collect::<Map<_, _>>().into(),
-        other => other,
-    }
-}
 
 pub(super) fn device(d: &DeviceInfo) -> Value {
     let p = &d.params;

@@ -2,6 +2,8 @@
 
 use nbd_poll::client::DialError;
 
+use crate::bdev::reply::Refusal;
+
 const ENOENT: i32 = 2;
 const EBUSY: i32 = 16;
 const EEXIST: i32 = 17;
@@ -117,5 +119,19 @@ impl NbdError {
             }
             _ => return None,
         })
+    }
+}
+
+impl Refusal for NbdError {
+    fn errno(&self) -> i32 {
+        self.errno()
+    }
+
+    fn hint(&self) -> Option<&'static str> {
+        self.hint()
+    }
+
+    fn parameter(&self) -> Option<&'static str> {
+        if let Self::Invalid { parameter, .. } = self { Some(parameter) } else { None }
     }
 }

@@ -37,7 +37,9 @@
 //! still be executed; and a server that is restarted, or whose host loses power, may come back without the writes that were
 //! not flushed, and has no means to tell: mind where its cache is.
 
+mod create;
 mod dialer;
+mod drive;
 mod drives;
 mod error;
 mod geometry;

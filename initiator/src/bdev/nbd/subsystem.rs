@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::drives::Drives;
 use super::lane::NbdDisk;
-use super::methods;
+use super::{create, methods};
 
 /// Subsystem "bdev_nbd": exports of NBD servers as bdevs.
 #[derive(Default)]
@@ -58,7 +58,7 @@ impl Subsystem for BdevNbd {
     fn config(&self, app: &App) -> Vec<Value> {
         let Some(drives) = app.state::<Drives>() else { return Vec::new() };
         let devices = drives.borrow().devices(Instant::now(), None);
-        devices.iter().filter(|d| d.bdev.is_none()).map(methods::create).collect()
+        devices.iter().filter(|d| d.bdev.is_none()).map(create::call).collect()
     }
 
     fn expects_bdev(&self, app: &App, name: &str) -> bool {
@@ -72,7 +72,7 @@ impl Subsystem for BdevNbd {
         let disk = any.downcast_ref::<NbdDisk>()?;
         let drives = self.drives.borrow();
         let device = drives.as_ref()?.borrow().devices(Instant::now(), Some(&disk.info().name)).pop();
-        Some(BdevKind { section: "nbd", create: device.map(|d| methods::create(&d)) })
+        Some(BdevKind { section: "nbd", create: device.map(|d| create::call(&d)) })
     }
 
     fn shutdown(&self, app: &mut App, cx: &mut Turn<'_>, done: ShutdownDone) {
