@@ -242,3 +242,6 @@ impl Write for Raw<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;
