@@ -239,7 +239,7 @@ cut_path() {
   case $how in
     loss)
       modprobe sch_netem 2>/dev/null
-      _netem "$i" "loss 100%"
+      if [[ $VM_NET == soft ]]; then _far_end "$i" 100% drop; else _netem "$i" "loss 100%"; fi
       ;;
     down)
       must ip link set "$(_client_if "$i")" down
@@ -249,9 +249,22 @@ cut_path() {
   esac
 }
 heal_path() {
+  if [[ $VM_NET == soft ]]; then
+    _far_end "$1" 0% pass
+    return
+  fi
   if [[ -n ${VM_NETEM:-} ]]; then
     _disturb "$1"
     return
   fi
   _no_netem "$1"
+}
+# _far_end I LOSS ACTION: with soft-roce on one end the link is cut there. A queue that loses everything at rxe's own device
+# now and then left rxe's QP 1 in the error state as well, when the kernel's server closed its side of the path. Nothing is
+# taken away again: that patches the kernel's code, which an emulator with several CPUs does not always survive.
+_far_end() {
+  modprobe -a sch_ingress act_gact cls_matchall
+  must tc -n server qdisc replace dev "$(_server_if "$1")" root netem limit 100000 loss "$2"
+  tc -n server qdisc add dev "$(_server_if "$1")" ingress 2>/dev/null
+  must tc -n server filter replace dev "$(_server_if "$1")" ingress protocol all prio 1 handle 1 matchall action "$3"
 }
