@@ -2,14 +2,15 @@
 # The NBD server beside others: fio's nbd engine on core 0, the server on core 1, a unix socket between them, 256 MiB of
 # random data in memory. Servers take turns, in the other order every second round. Prints a table with medians, minima
 # and maxima; figures of a machine that does other things are worth nothing.
+# "rnbd" polls as it does by default, for 1 ms after the last work, which counts as its CPU; "rnbd-sleep" sleeps at once.
 # Usage: perf/nbd-compare.sh [-n ROUNDS] [-t SECONDS_PER_ROW] [-s "SERVER…"] [-r "ROW…"] [BIN_DIR]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-rounds=5 seconds=3 servers="rnbd nbdkit qemu-nbd nbd-server" rows=""
+rounds=5 seconds=3 servers="rnbd rnbd-sleep nbdkit qemu-nbd nbd-server" rows=""
 while getopts n:t:s:r: option; do
   case $option in
     n) rounds=$OPTARG ;; t) seconds=$OPTARG ;; s) servers=$OPTARG ;; r) rows=$OPTARG ;;
-    *) sed -n '2,5s/^# //p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,6s/^# //p' "$0" >&2; exit 2 ;;
   esac
 done
 shift $((OPTIND - 1))
@@ -40,16 +41,20 @@ serve() { # NAME COMMAND...: on core 1, its number in NAME.pid
 
 start() { # NAME
   case $1 in
-    rnbd)
-      cat >"$dir/rnbd.json" <<JSON
+    rnbd | rnbd-sleep)
+      local spin=1000
+      [[ $1 == rnbd ]] || spin=0
+      cat >"$dir/$1.json" <<JSON
 {"subsystems": [
+  {"subsystem": "framework", "config": [
+    {"method": "framework_set_idle_policy", "params": {"policy": "adaptive", "spin_us": $spin}}]},
   {"subsystem": "bdev", "config": [
     {"method": "bdev_malloc_create", "params": {"name": "M0", "num_blocks": 65536, "block_size": 4096}}]},
   {"subsystem": "nbd_server", "config": [
     {"method": "nbd_server_create_export", "params": {"name": "disk", "bdev_name": "M0"}},
-    {"method": "nbd_server_add_listener", "params": {"path": "$dir/rnbd.sock"}}]}]}
+    {"method": "nbd_server_add_listener", "params": {"path": "$dir/$1.sock"}}]}]}
 JSON
-      serve rnbd "$bin/rnbd-target" -c "$dir/rnbd.json" -r "$dir/rpc.sock" -m 0x2 ;;
+      serve "$1" "$bin/rnbd-target" -c "$dir/$1.json" -r "$dir/$1-rpc.sock" -m 0x2 ;;
     nbdkit) serve nbdkit nbdkit -f -U "$dir/nbdkit.sock" memory 256M ;;
     qemu-nbd)
       truncate -s 256M "$dir/qemu.img"
@@ -64,10 +69,10 @@ JSON
       taskset -c 1 nbd-server -C "$dir/nbd-server.conf" -p "$dir/nbd-server.pid"
       for ((i = 0; i < 100; i++)); do [[ -s $dir/nbd-server.pid ]] && break; sleep 0.1; done
       pids+=("$(<"$dir/nbd-server.pid")") ;;
-    *) echo "no server named $1: rnbd, nbdkit, qemu-nbd, nbd-server" >&2; exit 2 ;;
+    *) echo "no server named $1: rnbd, rnbd-sleep, nbdkit, qemu-nbd, nbd-server" >&2; exit 2 ;;
   esac
   local export=''
-  [[ $1 == rnbd || $1 == nbd-server ]] && export=disk
+  [[ $1 == rnbd* || $1 == nbd-server ]] && export=disk
   echo "nbd+unix:///$export?socket=$dir/$1.sock" >"$dir/$1.uri"
   for ((i = 0; i < 100; i++)); do
     nbdinfo --size "$(<"$dir/$1.uri")" >/dev/null 2>&1 && return
@@ -154,12 +159,12 @@ def median(name, server, what):
 print("| row | server | IOPS | min..max | p50 µs | p99 µs | server CPU µs/IO | to the best peer: IOPS | CPU |")
 print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
 for name, *_ in ROWS:
-    peers = [s for s in servers if s != "rnbd"]
+    peers = [s for s in servers if not s.startswith("rnbd")]
     best = max(peers, key=lambda s: median(name, s, "iops"), default=None)
     for server in servers:
         all_iops = [r["iops"] for r in results[name, server]]
         ratio = ["", ""]
-        if server == "rnbd" and best:
+        if server.startswith("rnbd") and best:
             ratio = [f"{median(name, server, what) / max(median(name, best, what), 1e-9):.2f}" for what in ("iops", "cpu")]
         print(f"| {name if server == servers[0] else ''} | {server} | {median(name, server, 'iops'):.0f} | "
               f"{min(all_iops):.0f}..{max(all_iops):.0f} | {median(name, server, 'p50'):.0f} | "

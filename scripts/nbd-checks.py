@@ -325,6 +325,23 @@ def old_dialects():
     call("bdev_null_delete", name="huge")
 
 
+def injection():
+    """What somebody puts in the clear behind STARTTLS is taken for TLS, which it is not; nothing of it is answered."""
+    for behind in (b"", struct.pack(">II", nbd_raw.LIST, 0)):
+        c = Client(f"{DIR}/tls.sock").client_flags()
+        for option in (nbd_raw.LIST, nbd_raw.GO, nbd_raw.STRUCTURED_REPLY, nbd_raw.EXTENDED, nbd_raw.SET_META):
+            assert c.option(option).reply() == nbd_raw.TLS_REQD
+        c.sock.sendall(b"IHAVEOPT" + struct.pack(">II", nbd_raw.STARTTLS, 0) + b"IHAVEOPT" + behind)
+        assert c.reply() == nbd_raw.ACK
+        if not behind:
+            c.sock.shutdown(socket.SHUT_WR)
+        said = receive_all(c.sock)
+        # An alert, if anything.
+        assert said == b"" or said[0] == 21 and len(said) == 7, said
+    c = Client(f"{DIR}/tls.sock").client_flags().option(nbd_raw.EXPORT_NAME, b"disk")
+    assert c.is_closed()
+
+
 def allow_lists():
     """Who may have an export, and see it."""
     mine, other = os.getuid(), os.getuid() + 1
@@ -607,8 +624,8 @@ def idle():
 
 
 shed = begin_and_stop()
-for test in (handshakes, names, options, refusals, chunks, block_status, extended, old_dialects, allow_lists, hostile, loris,
-             raw, large, queue, slow_reader, control, bdev_removed, resize, configuration, idle):
+for test in (handshakes, names, options, refusals, chunks, block_status, extended, old_dialects, injection, allow_lists,
+             hostile, loris, raw, large, queue, slow_reader, control, bdev_removed, resize, configuration, idle):
     print(test.__name__, flush=True)
     test()
 print("stalled", flush=True)
