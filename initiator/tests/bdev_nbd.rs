@@ -101,6 +101,25 @@ fn late_writes_undo_nothing() {
     client.delete(false).unwrap();
 }
 
+/// Something in between cuts connections, and the server executes what it has of them a little later.
+#[test]
+fn what_a_cut_leaves_at_the_server_undoes_nothing() {
+    let client = Client::new();
+    let server = Server::start(Speaks::Simple, SIZE);
+    let p = client.params(&server);
+    client.create(NbdParams { connections: Some(4), ..p }).unwrap();
+    server.mood.execute_before_cut.store(true, Relaxed);
+    server.mood.late_ms.store(60, Relaxed);
+    let load = Load::start(&client.manager, &client.reactors[0], "N", 16, 8);
+    let before = server.connections.load(Relaxed);
+    server.mood.cut_after.store(200, Relaxed);
+    until("eight cuts", || server.connections.load(Relaxed) >= before + 8);
+    server.mood.cut_after.store(0, Relaxed);
+    load.goes_on(500);
+    load.stop().good();
+    client.delete(false).unwrap();
+}
+
 #[test]
 fn one_of_several_connections_is_enough() {
     let client = Client::new();

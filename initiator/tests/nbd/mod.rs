@@ -40,6 +40,8 @@ pub struct Mood {
     pub execute_before_cut: AtomicBool,
     /// Cut by a reset.
     pub reset: AtomicBool,
+    /// So many milliseconds after the cut the request is executed: something in between has cut, and the server reads on.
+    pub late_ms: AtomicU64,
     /// So many milliseconds nothing is read, once.
     pub stall_ms: AtomicU64,
     /// Answers in another order than that of the requests.
@@ -167,6 +169,13 @@ impl Connection {
             let cut = limit > 0 && self.count > limit;
             if cut && !self.mood.execute_before_cut.load(Ordering::Relaxed) {
                 return self.cut();
+            }
+            let late = self.mood.late_ms.load(Ordering::Relaxed);
+            if cut && late > 0 {
+                self.cut()?;
+                std::thread::sleep(Duration::from_millis(late));
+                self.execute(&request);
+                return Ok(());
             }
             let answer = self.execute(&request);
             if cut {

@@ -11,7 +11,7 @@ use nbd_proto::client::{Ask, Command, Unsendable};
 use reactor::Turn;
 use rnbd_proto::Errno;
 
-use super::lane::{NbdDisk, STALE};
+use super::lane::{NbdDisk, SETTLE, STALE};
 use super::link::NbdLink;
 use crate::bdev::channel::Here;
 use crate::bdev::disks::Gate;
@@ -51,6 +51,8 @@ pub(super) struct Drive {
     pub disk: Arc<NbdDisk>,
     pub links: Vec<OneLink>,
     pub old: Vec<Old>,
+    /// When what the last connection that a server closed has carried is over.
+    pub settled_at: Option<Instant>,
     pub limits: Limits,
     pub always_fua: bool,
     /// Since when there has been no connection; `None` while there is one.
@@ -67,6 +69,7 @@ impl Drive {
             disk,
             links: Vec::new(),
             old: Vec::new(),
+            settled_at: None,
             limits: Limits::default(),
             always_fua: false,
             held_since: Some(now),
@@ -84,6 +87,9 @@ impl Drive {
         if any && !is_servers {
             self.old.push(Old { remains: link.connection.into_remains(), fd: link.fd, since: cx.now });
         } else {
+            if any {
+                self.settled_at = Some(cx.now + SETTLE);
+            }
             cx.unwatch(link.fd);
             // Nothing of what the socket still holds is to arrive.
             link.connection.abort();
@@ -96,7 +102,8 @@ impl Drive {
         let epoch = EPOCH.fetch_add(1, Ordering::Relaxed) + 1;
         if self.links.iter().any(OneLink::is_usable) {
             let opened = Opened { epoch, session: NbdLink(self.number), id: 0, limits: self.limits };
-            let repeat_at = self.old.iter().map(|o| o.since + STALE).max();
+            let settled = self.settled_at.filter(|at| *at > now);
+            let repeat_at = self.old.iter().map(|o| o.since + STALE).chain(settled).max();
             self.held_since = None;
             self.disk.set_gate_of(here.index, Gate::Open(opened));
             here.disks().open(self.number, opened, repeat_at);
