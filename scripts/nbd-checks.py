@@ -399,7 +399,7 @@ def loris():
         client.sock.sendall(b"\0\0\0\3IHAVE")
     assert all(len(receive_all(client.sock)) == 18 for client in silent)
     assert 5 < time.monotonic() - begin < 15
-    # Long writes that never go on: the memory is theirs as far as they came (in huge pages), and the connection for a while.
+    # Long writes that never go on: the memory is theirs as far as they came (in huge pages), the connection for a while.
     stalled = [Client(SOCK).simple("disk") for _ in range(20)]
     before = rss()
     for client in stalled:
