@@ -274,6 +274,9 @@ fn what_prevents_a_device_is_said_and_nothing_stays() {
     let p = client.params(&server);
     assert!(client.create(NbdParams { keep_trying: true, ..p }).is_ok());
     assert_eq!(client.device().state, "init");
+    client.delete(false).unwrap();
+    let p = client.params(&server);
+    client.create(NbdParams { keep_trying: true, ..p }).unwrap();
     server.disk.lock().unwrap().resize(SIZE, 0);
     server.mood.closed.store(false, Relaxed);
     client.wait_state("open");

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! A connection belongs to one reactor; several are shared out among them, if the server allows several
-//! (CAN_MULTI_CONN). Requests wait, are cut, repeated and ended by the same [`Disks`](super::disks::Disks) as those of
+//! (CAN_MULTI_CONN). Requests wait, are cut, repeated and ended by the same `Disks` as those of
 //! bdev_rnbd.
 //!
 //! # What happens to requests when a connection is lost
@@ -20,14 +20,14 @@
 //! * *The server let go of it*: its side was closed, or its host answered with a reset. Whoever closes a socket reads
 //!   nothing more from it; what a process had begun has ended with it, and what a living server has begun it finishes
 //!   before it closes (nbdkit, nbd-server, and ours, which holds back others until then). Reads and flushes are repeated at
-//!   once, what changes data after [`lane::SETTLE`], because it may have been something in between that cut the connection,
+//!   once, what changes data after `lane::SETTLE`, because it may have been something in between that cut the connection,
 //!   behind which the server still reads what has arrived.
 //! * *It was given up here*: the server broke the protocol, or was silent for `io_timeout_sec`. It may find requests in its
 //!   socket later. Our side is closed, and the server's is waited for: once it is closed, too, everything has been read and
-//!   worked off. Reads and flushes are repeated at once, what changes data only then, or after [`lane::STALE`], when the
+//!   worked off. Reads and flushes are repeated at once, what changes data only then, or after `lane::STALE`, when the
 //!   connection is reset, so that nothing more of it arrives.
 //! * *The network is gone*: the host was silent for 30 s, or could not be reached any more. The kernel has thrown away
-//!   what it had not sent. What changes data is repeated after [`lane::STALE`].
+//!   what it had not sent. What changes data is repeated after `lane::STALE`.
 //!
 //! A proxy answers for its server: what it says of a connection is not what the server does with what it has of it.
 //!

@@ -43,7 +43,7 @@ pub struct Ask {
     pub offset: u64,
     /// Bytes.
     pub len: u32,
-    /// Comes back in [`Event::Done`]; no meaning here.
+    /// Comes back in [`Event::Done`](super::Event::Done); no meaning here.
     pub token: u64,
 }
 
