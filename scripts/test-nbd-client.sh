@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=$(realpath "${1:-build/release}") pattern=${2:-}
 rpc=$(realpath scripts/vm/rpc.py)
-proxy=$(realpath scripts/nbd-proxy.py)
+proxy=$(realpath scripts/nbd-proxy.py) config=$(realpath configs/initiator-nbd.json)
 
 packages=(libnbd-bin qemu-utils nbdkit nbd-server fio openssl procps)
 missing=()
@@ -522,6 +522,19 @@ PY
   copies C "$kit_uri" && unmap C
 }
 
+shipped_configuration() {
+  kit memory ${mib}M || return 1
+  sed "s|nbd://192.0.2.1/disk0|$kit_uri|; s|/var/tmp/remote1.sock|$dir/shipped.sock|" "$config" >shipped.json
+  ./rnbd-initiator -c shipped.json -r shipped-rpc.sock &
+  other=$!
+  wait_for "shipped.sock" test -S shipped.sock || return 1
+  nbdcopy random.img "nbd+unix:///?socket=$dir/shipped.sock" && rm -f direct.img && nbdcopy "$kit_uri" direct.img &&
+    cmp random.img direct.img || return 1
+  kill -TERM "$other"
+  wait "$other" || return 1
+  other=''
+}
+
 direct() { # rnbd-initiator map path=nbd://…
   kit memory ${mib}M || return 1
   ./rnbd-initiator map "path=$kit_uri" --nbd-socket "$dir/direct.sock" >direct.log 2>&1 &
@@ -572,6 +585,7 @@ here "I/O waits, fails in its time, and goes on" waits_and_fails
 here "the size follows the server's; a device that is another is refused" follows_the_size
 here "what cannot be is refused" refuses
 here "the configuration is saved, and waits for servers" configuration
+here "the shipped configuration" shipped_configuration
 here "the direct form" direct
 kill -TERM "$initiator"
 wait "$initiator"
