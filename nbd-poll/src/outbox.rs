@@ -5,7 +5,7 @@ use std::io;
 
 use smallvec::SmallVec;
 
-use crate::slots::{MAX_IN_FLIGHT, RequestId, Slots};
+use crate::slots::{RequestId, Slots};
 use crate::stream::Moved;
 use crate::tls::pipe::Pipe;
 
@@ -15,6 +15,7 @@ const MAX_PIECES: usize = 64;
 /// Answers that are not (wholly) sent.
 #[derive(Debug)]
 pub(crate) struct Outbox {
+    /// As long as the slots are many, at most.
     queue: VecDeque<RequestId>,
     /// Bytes of the first that are sent.
     sent: usize,
@@ -24,7 +25,7 @@ pub(crate) struct Outbox {
 
 impl Outbox {
     pub(crate) fn new() -> Self {
-        Self { queue: VecDeque::with_capacity(MAX_IN_FLIGHT), sent: 0, blocked: false }
+        Self { queue: VecDeque::new(), sent: 0, blocked: false }
     }
 
     pub(crate) fn push(&mut self, id: RequestId) {

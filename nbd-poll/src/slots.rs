@@ -27,11 +27,11 @@ struct Slot {
     used: bool,
 }
 
-/// All of a connection, made when it is.
+/// All of a connection. They grow to the deepest queue that it has seen: most connections never have many.
 #[derive(Debug)]
 pub(crate) struct Slots {
     framing: Framing,
-    slots: Box<[Slot]>,
+    slots: Vec<Slot>,
     free: Vec<u32>,
     /// Requests with memory of their own.
     own: usize,
@@ -39,12 +39,11 @@ pub(crate) struct Slots {
 
 impl Slots {
     pub(crate) fn new(framing: Framing) -> Self {
-        let slots = std::iter::repeat_with(Slot::default).take(MAX_IN_FLIGHT).collect();
-        Self { framing, slots, free: (0..MAX_IN_FLIGHT as u32).rev().collect(), own: 0 }
+        Self { framing, slots: Vec::new(), free: Vec::new(), own: 0 }
     }
 
     pub(crate) fn has_room(&self) -> bool {
-        !self.free.is_empty()
+        !self.free.is_empty() || self.slots.len() < MAX_IN_FLIGHT
     }
 
     /// A request has memory outside the pools.
@@ -57,7 +56,11 @@ impl Slots {
     /// # Panics
     /// Without room.
     pub(crate) fn enter(&mut self, to: To, answer_len: u32, data: Data) -> RequestId {
-        let index = self.free.pop().expect("has_room was asked");
+        let index = self.free.pop().unwrap_or_else(|| {
+            assert!(self.slots.len() < MAX_IN_FLIGHT, "has_room was asked");
+            self.slots.push(Slot::default());
+            self.slots.len() as u32 - 1
+        });
         self.own += usize::from(matches!(data, Data::Own(_)));
         let slot = &mut self.slots[index as usize];
         (slot.to, slot.answer_len, slot.data, slot.used) = (to, answer_len, data, true);
