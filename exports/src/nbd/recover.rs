@@ -57,12 +57,14 @@ pub(super) fn recover(target: &Target, count: usize) -> Result<Vec<OwnedFd>, Not
         let what = || format!("a socket for /dev/nbd{index}");
         let (ours, kernels) = socket_pair().map_err(|e| kernel::Error::new(what(), e))?;
         let sockets = [kernels.as_fd()];
+        // Another size is told once the device is served: the kernel lets all requests end before it takes one, and these
+        // wait for the socket.
         let change = Change {
-            size: Some(target.size),
             timeout_sec: Some(target.timeout_sec),
             dead_conn_timeout_sec: Some(target.dead_conn_timeout_sec),
             backend: target.backend.as_deref(),
             sockets: &sockets,
+            ..Default::default()
         };
         netlink.reconfigure(index, &change)?;
         drop(kernels);

@@ -264,11 +264,14 @@ fn connected(app: &mut App, key: Key, r: Responder, sockets: Result<Vec<OwnedFd>
     let recorded = with(app, key, |disk| {
         disk.connections = sockets.len();
         let state = disk.index.and_then(sysfs::state);
-        let record = disk.record(state.and_then(|s| s.pid));
+        let record = disk.record(state.as_ref().and_then(|s| s.pid));
         if let Some(claim) = &mut disk.claim {
             claim.record(&record);
         }
-        disk.kernel_size = disk.export.size;
+        disk.kernel_size = match (fresh, state) {
+            (Fresh::No, Some(state)) => state.size,
+            _ => disk.export.size,
+        };
     });
     if recorded.is_none() {
         return;

@@ -1,8 +1,8 @@
 #!/bin/bash
 # The target is killed with -9 under verified load on its kernel NBD device: the next run takes it over, no I/O fails.
 # timeout: 900
-# Passes on 6.1; to be run again on 6.12 with its longer time-out.
 # ci: none
+# more: 6.12 6.1
 source "$VM_DIR/lib.sh"
 source "$VM_DIR/nbd.sh"
 need_nbd
@@ -51,7 +51,7 @@ dd if=/dev/nbd4 of=/run/back bs=1M skip=3 count=4 iflag=direct status=none & rea
 start_target /run/bare.json
 refused "not for another bdev" "was bdev File0" nbd_start_disk '{"bdev_name": "Small0", "nbd_device": "/dev/nbd4"}'
 check "for the same bdev" start_disk File0 4 '"dead_conn_timeout_sec": 600'
-check_eq "it has the new size" "$(blockdev --getsize64 /dev/nbd4)" $((96 << 20))
+check "it has the new size" wait_for 10 sh -c "[ \$(blockdev --getsize64 /dev/nbd4) = $((96 << 20)) ]"
 rc=0
 wait "$reader" || rc=$?
 check_eq "the read that waited ends well" "$rc" 0
