@@ -23,7 +23,7 @@ USAGE
 packages=(
   qemu-system-x86 busybox-static cpio kmod xz-utils
   rdma-core ibverbs-providers ibverbs-utils rdmacm-utils perftest
-  iproute2 nftables iputils-ping fio e2fsprogs fdisk xfsprogs util-linux coreutils procps psmisc strace python3
+  iproute2 nftables iputils-ping fio e2fsprogs fdisk nbd-client xfsprogs util-linux coreutils procps psmisc strace python3
   gcc make bc bison flex libelf-dev libssl-dev
 )
 

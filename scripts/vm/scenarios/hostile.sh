@@ -1,6 +1,7 @@
 # The hostile table: a client that lies, over rxe, against the target with static and with rotating keys.
 # timeout: 1500
-# ci: 6.12 6.12/soft,HOSTILE_MODES=rotating
+# ci: 6.12/rxe,HOSTILE_MODES=rotating 6.12/soft,HOSTILE_MODES=one-message
+# more: 6.12 6.12/soft
 # shellcheck shell=bash
 # shellcheck source=scripts/vm/lib.sh
 source "$VM_DIR/lib.sh"

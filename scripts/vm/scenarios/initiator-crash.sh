@@ -1,8 +1,8 @@
 #!/bin/bash
 # rnbd-initiator is killed with -9 under verified load and started again: the device survives, no error reaches fio.
 # timeout: 500
-# Passes on 6.12; not in CI until its waits have been measured on an idle host.
-# ci: none
+# ci: 6.12
+# more: 6.12/rxe,REMOTE=kernel
 source "$VM_DIR/lib.sh"
 setup_remote 1
 

@@ -1,8 +1,8 @@
 #!/bin/bash
 # rnbd-initiator map …: a disk as a kernel device in one command; what is refused, a server that goes and comes, Ctrl-C.
 # timeout: 600
-# Passes on 6.12; not run yet: 6.1, REMOTE=kernel, soft.
 # ci: none
+# more: 6.12 6.12/rxe,REMOTE=kernel 6.1
 source "$VM_DIR/lib.sh"
 setup_remote 1
 OUT=$OUT_DIR/map.out ERR=$OUT_DIR/map.err

@@ -1,8 +1,8 @@
 #!/bin/bash
 # rnbd-initiator under verified load: paths cut and healed, all of them cut, server killed, disconnected, itself killed.
 # timeout: 900
-# Has not run to its end yet: ten cuts take longer than the time that it had.
-# ci: none
+# ci: 6.12
+# more: 6.12/rxe,REMOTE=kernel 6.12/rxe,EXPORT=ublk 6.12/soft 6.12/soft,REMOTE=kernel
 source "$VM_DIR/lib.sh"
 setup_remote 2
 initiator_config 2 '"reconnect_delay_sec": 1' >/run/initiator.json

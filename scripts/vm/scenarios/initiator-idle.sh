@@ -1,8 +1,7 @@
 #!/bin/bash
 # With every export of a remote disk in place and idle, the initiator uses under 1 % of a core.
 # timeout: 200
-# Has not run yet.
-# ci: none
+# ci: 6.12
 source "$VM_DIR/lib.sh"
 setup_remote 2
 initiator_config 2 >/run/initiator.json

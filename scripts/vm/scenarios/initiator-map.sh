@@ -1,8 +1,8 @@
 #!/bin/bash
 # rnbd-initiator maps a disk of the kernel's server or of rnbd-target, as /dev/nbdN and /dev/ublkbN; everything is verified.
 # timeout: 500
-# Not run yet: 6.12/soft, REMOTE=kernel-static, 6.1. Passes on 6.12 with REMOTE=kernel and, but for the partition part, with a target.
-# ci: 6.12/rxe,REMOTE=kernel
+# ci: 6.12 6.12/rxe,REMOTE=kernel
+# more: 6.12/soft 6.12/soft,REMOTE=kernel 6.12/rxe,REMOTE=kernel-static 6.1
 source "$VM_DIR/lib.sh"
 setup_remote 1
 initiator_config 1 >/run/initiator.json

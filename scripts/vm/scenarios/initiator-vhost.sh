@@ -2,7 +2,8 @@
 # A remote disk as a guest's vhost-user-blk disk: verified load, paths cut, server gone, initiator killed with -9.
 # timeout: 900
 # qemu: vhost
-# ci: none
+# ci: 6.12/tap,REMOTE=kernel
+# more: 6.12/tap
 source "$VM_DIR/lib.sh"
 source "$VM_DIR/vhost.sh"
 # rnbd-initiator runs on the host, on soft-roce, and serves this guest a disk that it maps from this guest: from the kernel's

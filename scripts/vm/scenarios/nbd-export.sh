@@ -3,6 +3,7 @@
 # timeout: 600
 # 6.12 is to be run again in the present form.
 # ci: 6.1
+# more: 6.12
 source "$VM_DIR/lib.sh"
 source "$VM_DIR/nbd.sh"
 need_nbd

@@ -1,8 +1,8 @@
 #!/bin/bash
 # Kernel NBD devices: never somebody else's, gone when they are stopped by whomever, and nothing of them is left.
 # timeout: 600
-# Passes on 6.12, has not run on 6.1.
 # ci: none
+# more: 6.12 6.1
 source "$VM_DIR/lib.sh"
 source "$VM_DIR/nbd.sh"
 need_nbd

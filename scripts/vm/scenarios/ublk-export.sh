@@ -1,8 +1,8 @@
 #!/bin/bash
 # ublk disks: file systems, verified I/O on one and two queues, discard, zeroes, flush, partitions, read-only.
 # timeout: 1200
-# Passes on 6.12 with the example ublk_server (60 checks); timing with rnbd-initiator to be measured on an idle host.
 # ci: none
+# more: 6.12
 source "$VM_DIR/lib.sh"
 source "$VM_DIR/ublk.sh"
 need_ublk

@@ -1,8 +1,8 @@
 #!/bin/bash
 # ublk disks come and go: refusals in words, removal under load, 50 starts and stops that leave nothing behind.
 # timeout: 1200
-# Passes on 6.12; timing to be measured on an idle host.
 # ci: none
+# more: 6.12
 source "$VM_DIR/lib.sh"
 source "$VM_DIR/ublk.sh"
 need_ublk

@@ -1,8 +1,7 @@
 #!/bin/bash
 # A program with ublk disks is killed with -9 under verified load: the disk waits, the next run takes it over, no I/O fails.
 # timeout: 1200
-# Passes on 6.12; timing to be measured on an idle host.
-# ci: none
+# ci: 6.12
 source "$VM_DIR/lib.sh"
 source "$VM_DIR/ublk.sh"
 need_ublk

@@ -2,8 +2,8 @@
 # A guest's vhost-user-blk disks: file system, verified load, discard, zeroes, resize, crash of the target under load.
 # timeout: 1500
 # qemu: vhost
-# Passes on 6.12 behind tap (57 checks); timing to be measured on an idle host.
-# ci: none
+# ci: 6.12/tap
+# more: 6.1/tap
 source "$VM_DIR/lib.sh"
 source "$VM_DIR/vhost.sh"
 setup_scratch
