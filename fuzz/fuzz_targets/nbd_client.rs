@@ -1,6 +1,6 @@
 //! A server as an NBD client hears it. The first byte chooses the handshake or a dialect of replies, the second how the
-//! rest, the server's bytes, is cut into pieces. Nothing is written outside of a request's memory, nothing ends twice, and
-//! every end has a reason.
+//! rest, the server's bytes, is cut into pieces. Nothing is written outside of a request's memory, nothing ends twice,
+//! and every end has a reason.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

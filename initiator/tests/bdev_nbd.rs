@@ -52,8 +52,8 @@ fn every_dialect_carries_the_same_data() {
     }
 }
 
-/// Connections are cut again and again, with what has arrived executed or not, by an end or a reset: no request fails, and
-/// no data are wrong.
+/// Connections are cut again and again, with what has arrived executed or not, by an end or a reset: no request fails,
+/// and no data are wrong.
 #[test]
 fn cuts_are_not_noticed() {
     let client = Client::new();

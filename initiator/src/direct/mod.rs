@@ -1,5 +1,5 @@
-//! The direct form: `rnbd-initiator map …` maps one device of an RNBD or NBD server, says how it fares, and lets it go at
-//! Ctrl-C.
+//! The direct form: `rnbd-initiator map …` maps one device of an RNBD or NBD server, says how it fares, and lets it go
+//! at Ctrl-C.
 //!
 //! It is the ordinary program, which is told by method calls what to do, as any client could. Its words go to standard
 //! output; the log stays on standard error.

@@ -40,7 +40,8 @@ pub struct Mood {
     pub execute_before_cut: AtomicBool,
     /// Cut by a reset.
     pub reset: AtomicBool,
-    /// So many milliseconds after the cut the request is executed: something in between has cut, and the server reads on.
+    /// So many milliseconds after the cut the request is executed: something in between has cut, and the server reads
+    /// on.
     pub late_ms: AtomicU64,
     /// So many milliseconds nothing is read, once.
     pub stall_ms: AtomicU64,

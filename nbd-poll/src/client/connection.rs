@@ -89,8 +89,8 @@ impl Connection {
         }
     }
 
-    /// Takes a request; it leaves with the next [`Connection::send`]. `data`: memory of `ask.len` bytes for READ and WRITE,
-    /// else empty.
+    /// Takes a request; it leaves with the next [`Connection::send`]. `data`: memory of `ask.len` bytes for READ and
+    /// WRITE, else empty.
     ///
     /// # Errors
     /// [`Unsendable`]; and `Full` after the end.
@@ -146,8 +146,8 @@ impl Connection {
         while !self.blocked && !self.queue.is_empty() {
             let mut pieces = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; WRITE_PIECES];
             let count = self.gather(&mut pieces);
-            // SAFETY: heads belong to slots that are in use; data are the submitter's, who keeps them until the request is
-            // over, which it is not before it was sent (`Early`).
+            // SAFETY: heads belong to slots that are in use; data are the submitter's, who keeps them until the request
+            // is over, which it is not before it was sent (`Early`).
             match unsafe { self.pipe.write(&mut pieces[..count]) }? {
                 Moved::Some(n) => {
                     any = true;
@@ -391,7 +391,8 @@ impl Connection {
         self.pipe.wait_fd()
     }
 
-    /// The core is about to sleep: makes [`Connection::wait_fd`] fire for what can go on. True if something can at once.
+    /// The core is about to sleep: makes [`Connection::wait_fd`] fire for what can go on. True if something can at
+    /// once.
     pub fn before_sleep(&mut self) -> bool {
         if self.end.is_some() {
             return false;

@@ -21,8 +21,8 @@ use crate::tls::{Handshake, TlsStream};
 
 /// Bytes that a unix socket may hold for its reader: a few requests of the largest usual size.
 const SOCKET_BUFFER: usize = 2 << 20;
-/// A server that does not even acknowledge what was sent is given up after this time (TCP_USER_TIMEOUT, tcp(7)), and one
-/// that has nothing to say is asked whether it lives.
+/// A server that does not even acknowledge what was sent is given up after this time (TCP_USER_TIMEOUT, tcp(7)), and
+/// one that has nothing to say is asked whether it lives.
 const SILENCE: Duration = Duration::from_secs(30);
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(15);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
@@ -310,7 +310,8 @@ impl Dial {
         }
     }
 
-    /// Reads what the handshake is missing and not a byte more: what follows belongs to TLS or to the transmission phase.
+    /// Reads what the handshake is missing and not a byte more: what follows belongs to TLS or to the transmission
+    /// phase.
     fn read(&mut self, pipe: &mut Pipe) -> Result<Step, DialError> {
         match pipe.flush() {
             Ok(true) => {}

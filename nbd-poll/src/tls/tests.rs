@@ -1,5 +1,5 @@
-//! Both ends of TLS in one process, over a socket that holds little. The keys are made by openssl; without it the tests say
-//! that they were skipped.
+//! Both ends of TLS in one process, over a socket that holds little. The keys are made by openssl; without it the tests
+//! say that they were skipped.
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};

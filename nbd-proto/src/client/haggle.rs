@@ -1,9 +1,9 @@
 //! The client's side of the handshake.
 //!
 //! The transport does, over and over, what [`Haggle::next`] says: write [`Haggle::transmit`], read exactly
-//! [`Haggle::missing`] bytes more and give all unused ones to [`Haggle::handle_input`], or start TLS. As no byte is read
-//! ahead, nothing that came in the clear can be taken for something encrypted, and nothing of the transmission phase is
-//! read too early.
+//! [`Haggle::missing`] bytes more and give all unused ones to [`Haggle::handle_input`], or start TLS. As no byte is
+//! read ahead, nothing that came in the clear can be taken for something encrypted, and nothing of the transmission
+//! phase is read too early.
 
 mod error;
 
@@ -121,8 +121,8 @@ impl Haggle {
         }
     }
 
-    /// Bytes that must follow `input`, which was not used so far, before [`Haggle::handle_input`] does anything with it,
-    /// as far as can be told; never more than belong to the handshake.
+    /// Bytes that must follow `input`, which was not used so far, before [`Haggle::handle_input`] does anything with
+    /// it, as far as can be told; never more than belong to the handshake.
     #[must_use]
     pub fn missing(&self, input: &[u8]) -> usize {
         let whole = match &self.state {

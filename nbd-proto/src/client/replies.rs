@@ -8,8 +8,8 @@
 //!  └──────┘──── ERROR, ERROR_OFFSET ─▶ Skip{left} ── all there ─▶ Event::Done, or none
 //! ```
 //!
-//! A read that is answered in chunks has ended well only if every byte of it came exactly once: what a server leaves out
-//! would otherwise be whatever the memory held before, and what it sends twice makes one of the two wrong.
+//! A read that is answered in chunks has ended well only if every byte of it came exactly once: what a server leaves
+//! out would otherwise be whatever the memory held before, and what it sends twice makes one of the two wrong.
 
 mod request;
 mod violation;

@@ -96,8 +96,8 @@ impl Drive {
         }
     }
 
-    /// The connections have changed: lets requests go, or wait. Each call is a new opening, so that what was lost before
-    /// it is repeated after it.
+    /// The connections have changed: lets requests go, or wait. Each call is a new opening, so that what was lost
+    /// before it is repeated after it.
     pub fn regate(&mut self, here: &Here<NbdLink>, now: Instant) {
         let epoch = EPOCH.fetch_add(1, Ordering::Relaxed) + 1;
         if self.links.iter().any(OneLink::is_usable) {
@@ -153,8 +153,8 @@ impl Wire<NbdLink> for Wires<'_> {
             Op::SecureErase | Op::Reset => return Err(Unsent::Never),
         };
         let ask = Ask { command, offset: message.sector << SECTOR_SHIFT, len: message.len, token: cookie };
-        // SAFETY: the part of the request is in flight from here on: its user keeps the memory until it has completed, which
-        // it does only with what comes out of `Connection::receive` or `lost`.
+        // SAFETY: the part of the request is in flight from here on: its user keeps the memory until it has completed,
+        // which it does only with what comes out of `Connection::receive` or `lost`.
         unsafe { link.connection.submit(&ask, message.data, self.now) }.map_err(|e| match e {
             Unsendable::Full => Unsent::Busy,
             Unsendable::Dialect => Unsent::Never,

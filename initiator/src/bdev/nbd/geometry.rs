@@ -105,8 +105,8 @@ pub(super) fn unusable(a: &Agreed) -> Option<String> {
     None
 }
 
-/// Why an export that was connected again is not the one that its bdev promises, in words; `None` if it is. Its size may
-/// differ. A trim or zeroing that is not offered any more fails when it is tried, or is emulated.
+/// Why an export that was connected again is not the one that its bdev promises, in words; `None` if it is. Its size
+/// may differ. A trim or zeroing that is not offered any more fails when it is tried, or is emulated.
 pub(super) fn misfit(info: &Info, several: bool, a: &Agreed) -> Option<String> {
     let now = block_size(a);
     if now != info.block_size {

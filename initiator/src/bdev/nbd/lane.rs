@@ -17,11 +17,11 @@ use crate::bdev::channel::Here;
 use crate::bdev::disk::RemoteDisk;
 use crate::bdev::request::Limits;
 
-/// So long after a connection was lost whose server did not let go of it, the server may still be working for it: it reads
-/// what its socket holds at once, and hands it to its device, which needs a moment.
+/// So long after a connection was lost whose server did not let go of it, the server may still be working for it: it
+/// reads what its socket holds at once, and hands it to its device, which needs a moment.
 pub(super) const STALE: Duration = Duration::from_secs(10);
-/// So long after a server closed a connection it is at work for it at most: if it was not the server but something in between,
-/// a server that lives has read what its socket holds by then.
+/// So long after a server closed a connection it is at work for it at most: if it was not the server but something in
+/// between, a server that lives has read what its socket holds by then.
 pub(super) const SETTLE: Duration = Duration::from_millis(250);
 /// Turns between two looks at connections with nothing in flight.
 const LOOK_EVERY: u32 = 64;

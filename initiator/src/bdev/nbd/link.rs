@@ -27,7 +27,8 @@ impl Link for NbdLink {
 
 /// A server's error in the words of [`super::super::request::status`]. `None`: ESHUTDOWN, which is no answer.
 ///
-/// "Clients MUST treat a value they do not know as EINVAL"; what NBD calls EPERM is a write to what must not be written.
+/// "Clients MUST treat a value they do not know as EINVAL"; what NBD calls EPERM is a write to what must not be
+/// written.
 pub(super) fn errno(error: u32) -> Option<Errno> {
     let code = ErrorCode::ALL.into_iter().find(|c| *c as u32 == error);
     Some(match code {

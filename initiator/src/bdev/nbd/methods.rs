@@ -46,17 +46,17 @@ pub(super) const TEXTS: &[MethodText] = &[
         "name",
         "Makes an export of an NBD server a bdev. Where it is: `uri` (nbd://host[:port]/export, nbds://, \
          nbd+unix:///export?socket=PATH, nbds+unix://), or `path` (a unix socket) or `traddr` (`trsvcid` 10809) with \
-         `export`. Waits for the server; what prevents it is the error, and nothing stays, unless `keep_trying` is set: then \
-         the device stays in state init and goes on trying. In a configuration file that is the default. `dialect`: auto \
-         (default: as much as the server has, from oldstyle to extended headers), structured, simple, newstyle (EXPORT_NAME \
-         only) or 1997, which has no handshake and needs the export's `size` in bytes (`reply_magic` 2524202600). \
-         `connections` (as many as there are reactors, at most 4; up to 16) if the server allows several. `tls`: off \
-         (default), allow or require (as nbds: does), with `tls_certificates`, a directory with ca-cert.pem and perhaps \
-         client-cert.pem and client-key.pem (default: the system's authorities), `tls_hostname`, and `tls_verify_peer` \
-         (true). Without a connection I/O waits: for ever with `fast_io_fail_timeout_sec` 0 (default), else it fails after \
-         that time with ETIMEDOUT. After `ctrlr_loss_timeout_sec` (-1, default: never) the device is given up and I/O fails \
-         with ENODEV until bdev_nbd_reconnect. A server that does not answer for `io_timeout_sec` (0, default: never) is \
-         given up.",
+         `export`. Waits for the server; what prevents it is the error, and nothing stays, unless `keep_trying` is \
+         set: then the device stays in state init and goes on trying. In a configuration file that is the default. \
+         `dialect`: auto (default: as much as the server has, from oldstyle to extended headers), structured, simple, \
+         newstyle (EXPORT_NAME only) or 1997, which has no handshake and needs the export's `size` in bytes \
+         (`reply_magic` 2524202600). `connections` (as many as there are reactors, at most 4; up to 16) if the server \
+         allows several. `tls`: off (default), allow or require (as nbds: does), with `tls_certificates`, a directory \
+         with ca-cert.pem and perhaps client-cert.pem and client-key.pem (default: the system's authorities), \
+         `tls_hostname`, and `tls_verify_peer` (true). Without a connection I/O waits: for ever with \
+         `fast_io_fail_timeout_sec` 0 (default), else it fails after that time with ETIMEDOUT. After \
+         `ctrlr_loss_timeout_sec` (-1, default: never) the device is given up and I/O fails with ENODEV until \
+         bdev_nbd_reconnect. A server that does not answer for `io_timeout_sec` (0, default: never) is given up.",
     ),
     (
         "bdev_nbd_delete",
@@ -66,8 +66,8 @@ pub(super) const TEXTS: &[MethodText] = &[
     (
         "bdev_nbd_get_devices",
         "[device]",
-        "NBD devices: `state` is init (never open), open, closed (no connection) or deleted; what was agreed upon with the \
-         server; and the connections.",
+        "NBD devices: `state` is init (never open), open, closed (no connection) or deleted; what was agreed upon \
+         with the server; and the connections.",
     ),
     (
         "bdev_nbd_reconnect",

@@ -61,7 +61,8 @@ impl Dialect {
 pub struct TlsParams {
     /// Whether.
     pub mode: Tls,
-    /// Directory with `ca-cert.pem`, and perhaps `client-cert.pem` and `client-key.pem`; the system's authorities without.
+    /// Directory with `ca-cert.pem`, and perhaps `client-cert.pem` and `client-key.pem`; the system's authorities
+    /// without.
     pub certificates: Option<PathBuf>,
     /// What the server's certificate must be for, in place of the host.
     pub hostname: Option<String>,

@@ -56,8 +56,8 @@ struct Said {
     options: Vec<(u32, Vec<u8>)>,
 }
 
-/// Runs a handshake with a server that says `greeting` and answers each option by `answer`. `Ok`: the agreement; and what
-/// the client said. Ends at TLS, too, which `answer` continues.
+/// Runs a handshake with a server that says `greeting` and answers each option by `answer`. `Ok`: the agreement; and
+/// what the client said. Ends at TLS, too, which `answer` continues.
 fn haggle(
     wishes: Wishes,
     greeting: &[u8],

@@ -77,8 +77,8 @@ impl Drives {
         Ok(())
     }
 
-    /// Tells those who wait for a device that it is open, once every connection has been tried: whoever opens a channel then
-    /// finds those that there are.
+    /// Tells those who wait for a device that it is open, once every connection has been tried: whoever opens a channel
+    /// then finds those that there are.
     fn answer_open(&mut self, number: u64) {
         let Some(drive) = self.drives.get_mut(&number).filter(|d| d.state == State::Open) else { return };
         if drive.conns.iter().all(|c| c.up.is_some() || c.failures > 0) {

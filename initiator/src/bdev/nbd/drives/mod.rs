@@ -177,8 +177,8 @@ impl Drives {
         cx.after(delay, move |cx| Self::here(cx, f));
     }
 
-    /// Makes a device: connects, and registers the bdev, then answers with its name, or says what prevented it and leaves
-    /// nothing behind. With `keep_trying` it answers with the name at the first failure, too, and goes on.
+    /// Makes a device: connects, and registers the bdev, then answers with its name, or says what prevented it and
+    /// leaves nothing behind. With `keep_trying` it answers with the name at the first failure, too, and goes on.
     pub fn create(&mut self, cx: &mut Turn<'_>, params: NbdParams, done: Done<String>) {
         let options = match self.may_create(&params).and_then(|()| dial_options(&params)) {
             Ok(options) => options,
