@@ -50,6 +50,15 @@ pub(super) struct Wish {
     pub(super) block_size: Option<u32>,
 }
 
+impl Drop for Backing {
+    /// The lock would go with the last descriptor, but a child of this process may have copies between its fork and exec.
+    fn drop(&mut self) {
+        if !self.is_device {
+            let _ = rustix::fs::flock(&self.fd, FlockOperation::Unlock);
+        }
+    }
+}
+
 fn system(what: &str, path: &str, source: Errno) -> Error {
     Error::System { context: format!("cannot {what} {path}"), source }
 }
