@@ -371,6 +371,8 @@ own_dialect() { # DIALECT PARAMETERS: our server in an older dialect
   unmap O
 }
 
+is_loaded() { call nbd_server_get_connections | grep '"num_write_ops": *[1-9]' >/dev/null; }
+
 file_server() { # on kit.sock, with what is written in a file that outlives it
   kit "$@" file "$dir/disk.img"
 }
@@ -381,8 +383,9 @@ survives_kills() {
   map F "\"uri\": \"$kit_uri\", \"connections\": 2, \"reconnect_delay_sec\": 1" || return 1
   verifies F 4k 32 --time_based --runtime=8 >fio.log 2>&1 &
   local fio=$! i
+  wait_for load is_loaded || return 1
   for i in 1 2 3; do
-    sleep 1.5
+    sleep 1
     kill -KILL "$server"
     wait "$server" 2>/dev/null
     sleep 0.4
@@ -416,7 +419,7 @@ survives_stalls() {
   map F "\"uri\": \"$kit_uri\", \"reconnect_delay_sec\": 1" || return 1
   verifies F 4k 32 --time_based --runtime=6 >fio.log 2>&1 &
   local fio=$!
-  sleep 1
+  wait_for load is_loaded || return 1
   kill -STOP "$server"
   sleep 3
   kill -CONT "$server"
@@ -427,7 +430,7 @@ survives_stalls() {
   map F "\"uri\": \"$kit_uri\", \"reconnect_delay_sec\": 1, \"io_timeout_sec\": 1, \"connections\": 1" || return 1
   verifies F 4k 32 --time_based --runtime=8 >fio.log 2>&1 &
   fio=$!
-  sleep 1
+  wait_for load is_loaded || return 1
   kill -STOP "$server"
   sleep 3
   kill -CONT "$server"
