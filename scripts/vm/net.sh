@@ -227,13 +227,16 @@ _route_link() {
   must ip route replace "$(client_addr "$i")/32" dev "$s" src "$(server_addr "$i")" table 100
 }
 
-# cut_path I [HOW], heal_path I: breaks link I for both ends, and repairs it. HOW:
+# cut_path I [HOW], heal_path I [HOW]: breaks link I for both ends, and repairs it. HOW:
 #   loss (default)  every packet vanishes and nobody is told, as behind a dead switch. Under load both ends see the path
 #                   dead in 1-2 s, by exhausted retransmissions; idle, by missed heartbeats in about 30 s. The kernel's
 #                   server may keep the old path until its heartbeat fails, and refuses the client's return until then.
 #   down            both ends lose carrier and see a port error at once. Not to be healed: rxe's QP 1 goes to the error
 #                   state for good when a send finds no route (so does a packet filter that drops at output), and
 #                   without it no connection can be made over that device any more.
+#   host            tap only: the host's interface goes down, and rxe's end is told nothing. For rnbd-initiator on the host
+#                   with the kernel's server: a queue that loses everything at rxe's own device leaves rxe's QP 1 in the
+#                   error state when that server closes its side of the path.
 cut_path() {
   local i=$1 how=${2:-loss}
   case $how in
@@ -245,10 +248,15 @@ cut_path() {
       must ip link set "$(_client_if "$i")" down
       must on_server "ip link set $(_server_if "$i") down"
       ;;
+    host) must on_server "ip link set $(_server_if "$i") down" ;;
     *) die "cut_path: no way to cut named \"$how\"" ;;
   esac
 }
 heal_path() {
+  if [[ ${2:-} == host ]]; then
+    must on_server "ip link set $(_server_if "$1") up"
+    return
+  fi
   if [[ $VM_NET == soft ]]; then
     _far_end "$1" 0% pass
     return

@@ -77,17 +77,17 @@ must wipefs -qa "$disk"
 start_load "$disk" 4k
 check "I/O moves" load_moves
 say "one path is cut"
-cut_path 1
+cut_path 1 host
 check "the path is seen to be dead" wait_for 60 connected 1
 check "I/O goes on" load_moves
-heal_path 1
+heal_path 1 host
 check "it comes back" wait_for 90 connected 2
 say "all paths are cut for 10 s"
-cut_path 1
-cut_path 2
+cut_path 1 host
+cut_path 2 host
 sleep 10
-heal_path 1
-heal_path 2
+heal_path 1 host
+heal_path 2 host
 check "I/O goes on" wait_for 120 load_moves
 check "both paths come back" wait_for 120 connected 2
 if [[ $REMOTE == target ]]; then
