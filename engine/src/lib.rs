@@ -8,6 +8,7 @@ pub mod app;
 pub mod args;
 pub mod log;
 pub mod methods;
+mod network;
 pub mod notify;
 mod pending;
 pub mod placement;
@@ -17,4 +18,5 @@ mod state;
 mod subsystem;
 
 pub use app::{App, Error, Options};
+pub use network::{Network, NoNetwork};
 pub use subsystem::{BdevKind, MethodText, ShutdownDone, Subsystem};
