@@ -88,7 +88,8 @@ fn run(args: &Args) -> Result<serde_json::Value, String> {
         max_io: args.block_size,
         ..Options::default()
     };
-    let measured = Duration::try_from_secs_f64(args.time).map_err(|e| format!("--time {}: {e}", args.time))?;
+    let measured =
+        Duration::try_from_secs_f64(args.time).map_err(|e| format!("--time {}: {e}", args.time))?;
     let mut disk = Disk::connect(&args.socket, options).map_err(|e| e.to_string())?;
     let blocks = disk.sectors().map_err(|e| e.to_string())? * 512 / u64::from(args.block_size);
     if blocks == 0 {
