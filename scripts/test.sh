@@ -1,6 +1,6 @@
 #!/bin/bash
 # Passes all tests: format, lints, unit and property tests, fuzz targets, the SPDK client, and the VM scenarios against
-# real kernels. Installs what it needs. About 70 minutes on two cores; logs are in build/logs/.
+# real kernels. Installs what it needs. About 80 minutes on two cores; logs are in build/logs/.
 #
 #   scripts/test.sh            what CI runs
 #   scripts/test.sh --quick    without fuzzing and VM scenarios
