@@ -271,8 +271,14 @@ heal_path() {
 # now and then left rxe's QP 1 in the error state as well, when the kernel's server closed its side of the path. Nothing is
 # taken away again: that patches the kernel's code, which an emulator with several CPUs does not always survive.
 _far_end() {
-  modprobe -a sch_ingress act_gact cls_matchall
-  must tc -n server qdisc replace dev "$(_server_if "$1")" root netem limit 100000 loss "$2"
-  tc -n server qdisc add dev "$(_server_if "$1")" ingress 2>/dev/null
-  must tc -n server filter replace dev "$(_server_if "$1")" ingress protocol all prio 1 handle 1 matchall action "$3"
+  local i=$1 d
+  d=$(_server_if "$i")
+  must tc -n server qdisc replace dev "$d" root netem limit 100000 loss "$2"
+  if ! tc -n server qdisc show dev "$d" | grep -q ingress; then
+    modprobe -a sch_ingress act_gact cls_matchall
+    must tc -n server qdisc add dev "$d" ingress
+    must tc -n server actions add action pass index "$i"
+    must tc -n server filter add dev "$d" ingress matchall action gact index "$i"
+  fi
+  must tc -n server actions change action "$3" index "$i"
 }
