@@ -1,6 +1,6 @@
 #!/bin/bash
 # Installs the Debian packages that building needs (libibverbs and librdmacm are loaded at run time, if present), and
-# those given as arguments.
+# those given as arguments. Exits 77 where that takes root.
 set -euo pipefail
 packages=(gcc g++ make cmake clang libclang-dev pkg-config python3 python3-venv procps curl ca-certificates "$@")
 missing=()
@@ -8,7 +8,7 @@ for p in "${packages[@]}"; do
   [[ $(dpkg-query -W -f='${db:Status-Status}' "$p" 2>/dev/null) == installed ]] || missing+=("$p")
 done
 [[ ${#missing[@]} -gt 0 ]] || exit 0
-[[ $(id -u) == 0 ]] || { echo "packages.sh: run as root, or install first: ${missing[*]}" >&2; exit 1; }
+[[ $(id -u) == 0 ]] || { echo "packages.sh: run as root, or install first: ${missing[*]}" >&2; exit 77; }
 echo "installing ${missing[*]}"
 export DEBIAN_FRONTEND=noninteractive
 apt-get -qq -o DPkg::Lock::Timeout=600 update

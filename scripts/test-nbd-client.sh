@@ -9,17 +9,7 @@ bin=$(realpath "${1:-build/release}") pattern=${2:-}
 rpc=$(realpath scripts/vm/rpc.py)
 proxy=$(realpath scripts/nbd-proxy.py) config=$(realpath configs/initiator-nbd.json)
 
-packages=(libnbd-bin qemu-utils nbdkit nbd-server fio openssl procps)
-missing=()
-for p in "${packages[@]}"; do
-  [[ $(dpkg-query -W -f='${db:Status-Status}' "$p" 2>/dev/null) == installed ]] || missing+=("$p")
-done
-if [[ ${#missing[@]} -gt 0 ]]; then
-  [[ $(id -u) == 0 ]] || { echo "skipped: run as root once, or install ${missing[*]}"; exit 77; }
-  export DEBIAN_FRONTEND=noninteractive
-  apt-get -qq -o DPkg::Lock::Timeout=600 update
-  apt-get -qq -o DPkg::Lock::Timeout=600 install --no-install-recommends "${missing[@]}" >/dev/null
-fi
+scripts/packages.sh libnbd-bin qemu-utils nbdkit nbd-server fio openssl procps
 
 dir=$(mktemp -d "${TMPDIR:-/tmp}/rnbd-nbdc.XXXXXX")
 initiator='' server='' other='' passed=0

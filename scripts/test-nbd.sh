@@ -9,17 +9,7 @@ rpc=$(realpath scripts/vm/rpc.py)
 checks=$(realpath scripts/nbd-checks.py)
 export PATH=/usr/bin:$PATH # libnbd's Python binding belongs to the system's Python.
 
-packages=(libnbd-bin python3-libnbd qemu-utils nbdkit fio procps openssl)
-missing=()
-for p in "${packages[@]}"; do
-  [[ $(dpkg-query -W -f='${db:Status-Status}' "$p" 2>/dev/null) == installed ]] || missing+=("$p")
-done
-if [[ ${#missing[@]} -gt 0 ]]; then
-  [[ $(id -u) == 0 ]] || { echo "skipped: run as root once, or install ${missing[*]}"; exit 77; }
-  export DEBIAN_FRONTEND=noninteractive
-  apt-get -qq -o DPkg::Lock::Timeout=600 update
-  apt-get -qq -o DPkg::Lock::Timeout=600 install --no-install-recommends "${missing[@]}" >/dev/null
-fi
+scripts/packages.sh libnbd-bin python3-libnbd qemu-utils nbdkit fio procps openssl
 
 dir=$(mktemp -d "${TMPDIR:-/tmp}/rnbd-nbd.XXXXXX")
 target='' passed=0

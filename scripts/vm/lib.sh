@@ -1,8 +1,9 @@
 # Functions for scenarios, which run as root in the guest: source "$VM_DIR/lib.sh".
 # shellcheck shell=bash
 #
-# run.sh provides VM_DIR (scripts/vm), REPO_DIR, BIN_DIR (programs under test), TEST_DIR (tests and examples), OUT_DIR (files to keep on the host),
-# VM_SCENARIO and VM_SERIES_BOOTED ("6.12", "6.1"). A scenario calls check/must/fail and ends with `finish`.
+# run.sh provides VM_DIR (scripts/vm), REPO_DIR, BIN_DIR (programs under test), TEST_DIR (tests and examples), OUT_DIR (files
+# to keep on the host), VM_SCENARIO and VM_SERIES_BOOTED ("6.12", "6.1"). A scenario calls check/must/fail and ends with
+# `finish`.
 
 RNBD_CTL=/sys/devices/virtual/rnbd-client/ctl
 TARGET_SOCK=${TARGET_SOCK:-/run/rnbd-target.sock}
@@ -75,20 +76,22 @@ die() {
   finish
 }
 
-# skip TEXT: ends the scenario, passed so far, when something that it needs is not there; says so aloud.
+# skip TEXT: ends the scenario when something that it needs is not there; says so aloud. What was checked before counts; if
+# that is nothing the scenario is skipped, which is no pass: status 77.
 skip() {
   SKIPPED=yes
   say "SKIP $*"
   finish
 }
 
-# finish: the last line of the scenario. Exits 0 if checks were made and none failed, or the scenario was skipped.
+# finish: the last line of the scenario. Exits 0 if checks were made and none failed, 77 if it was skipped instead.
 finish() {
   local rc=1
   trap - EXIT
   _stop_leftovers
   echo "$CHECKS_PASSED passed, $CHECKS_FAILED failed"
-  [[ $CHECKS_FAILED == 0 && ($CHECKS_PASSED -gt 0 || -n $SKIPPED) ]] && rc=0
+  [[ $CHECKS_FAILED == 0 && $CHECKS_PASSED -gt 0 ]] && rc=0
+  [[ $CHECKS_FAILED == 0 && $CHECKS_PASSED == 0 && -n $SKIPPED ]] && rc=77
   # Without a number, exit in the EXIT trap would repeat the status that led there.
   exit "$rc"
 }

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Boots a kernel of the VM bench on one scenario and exits with its status: 0 passed, 1 failed (a failed check, or a
-# kernel fault on the console), 2 could not be run, 124 timed out.
+# kernel fault on the console), 2 could not be run, 77 skipped, 124 timed out.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -213,6 +213,8 @@ if [[ -n $verdict ]]; then
   rc=124
 elif [[ -z $status ]]; then
   rc=2 verdict="the guest ended without a status"
+elif [[ $status == 77 && -z $faults ]]; then
+  rc=77 verdict=skipped
 elif [[ $status != 0 ]]; then
   rc=1 verdict="exit status $status"
 elif [[ -n $faults ]]; then
@@ -220,7 +222,7 @@ elif [[ -n $faults ]]; then
 else
   rc=0 verdict=passed
 fi
-if [[ $rc != 0 && -n $quiet ]]; then
+if [[ $rc != 0 && $rc != 77 && -n $quiet ]]; then
   printf -- '--- failed checks in %s, and its end:\n' "$log"
   grep -a -A12 '\] FAIL ' "$log" | head -n 60 || true
   tail -n 5 "$log"

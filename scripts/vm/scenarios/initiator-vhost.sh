@@ -74,6 +74,13 @@ check "the files are the same" diff -r "$REPO_DIR/rtrs-proto/src" /mnt/v/src
 must umount /mnt/v
 must wipefs -qa "$disk"
 
+ticks() { target_proc stat | awk '{print $14 + $15}'; }
+sleep 2
+before=$(ticks)
+sleep 10
+used=$(($(ticks) - before))
+if ((used <= 10)); then ok "idle: $used ticks of 10 ms in 10 s"; else fail "idle: $used ticks in 10 s (of 1000)"; fi
+
 start_load "$disk" 4k
 check "I/O moves" load_moves
 say "one path is cut"
