@@ -149,7 +149,8 @@ fn delete(app: &mut App, cx: &mut Turn<'_>, name: &str, r: Responder) {
     };
     let sessions = match state.borrow().controllers.get(name).filter(|e| !e.closing) {
         None => return r.err(unknown(METHOD, name)),
-        Some(entry) => entry.controller.sessions().len(),
+        // A guest that has just ended is not in the way.
+        Some(entry) => entry.controller.sessions().iter().filter(|s| !s.hung_up).count(),
     };
     if sessions > 0 {
         let text =

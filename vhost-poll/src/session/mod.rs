@@ -89,6 +89,8 @@ pub struct SessionInfo {
     pub max_queues: usize,
     /// Requests in flight.
     pub inflight: u32,
+    /// The front end has closed its end, which the session has yet to see.
+    pub hung_up: bool,
 }
 
 /// What the session waits for before it reads the next message.
@@ -199,6 +201,7 @@ impl<D: Disk> Session<D> {
             started: self.vrings.iter().any(Vring::is_running),
             max_queues: self.vrings.len(),
             inflight: self.lanes.iter().map(|l| l.inflight.load(Ordering::Relaxed)).sum(),
+            hung_up: self.conn.hung_up(),
         }
     }
 
