@@ -224,7 +224,7 @@ else
 fi
 if [[ $rc != 0 && $rc != 77 && -n $quiet ]]; then
   printf -- '--- failed checks in %s, and its end:\n' "$log"
-  grep -a -A12 '\] FAIL ' "$log" | head -n 60 || true
+  grep -a -B4 -A12 '\] FAIL ' "$log" | head -n 60 || true
   tail -n 5 "$log"
 fi >&2
 if [[ $rc == 124 || $rc == 2 ]]; then
