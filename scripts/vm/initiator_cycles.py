@@ -85,16 +85,20 @@ class Cycles:
     def run(self, export):
         for _ in range(5):
             self.cycle(export)
-        fds, kib = self.held()
-        for _ in range(self.config["cycles"]):
-            self.cycle(export)
-        fds_after, kib_after = self.held()
-        print(f"{export}: {self.config['cycles']} cycles, descriptors {fds} -> {fds_after}, resident {kib} -> {kib_after} KiB",
-              flush=True)
-        if fds_after != fds:
-            raise Failure("descriptors are left")
-        if kib_after - kib > MEMORY_KIB:
-            raise Failure("memory is left")
+        # Buffers that are reused in a circle take their pages in the first round, so growth counts when it goes on.
+        for again in (True, False):
+            fds, kib = self.held()
+            for _ in range(self.config["cycles"]):
+                self.cycle(export)
+            fds_after, kib_after = self.held()
+            print(f"{export}: {self.config['cycles']} cycles, descriptors {fds} -> {fds_after}, resident {kib} -> {kib_after} KiB",
+                  flush=True)
+            if fds_after != fds:
+                raise Failure("descriptors are left")
+            if kib_after - kib <= MEMORY_KIB:
+                return
+            if not again:
+                raise Failure("memory is left")
 
 
 def wait(what, condition, seconds=10.0):
