@@ -9,10 +9,12 @@
 
 mod fault;
 mod pool;
+mod provider;
 mod region;
 mod registry;
 
 pub use fault::losses;
 pub use pool::{Buffer, Pool};
+pub use provider::Provider;
 pub use region::{MapError, PAGE_SIZE, Region, Segment};
 pub use registry::{RegionId, Registry, Snapshot};

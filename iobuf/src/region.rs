@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use crate::fault::Guard;
+use crate::provider::Provider;
 use crate::registry::RegionId;
 
 /// Every region starts on, and is a whole number of, these (x86-64 and most arm64 hosts).
@@ -66,6 +67,18 @@ pub struct Region {
     shared: bool,
     /// Of shared memory.
     guard: Option<Guard>,
+    origin: Origin,
+}
+
+/// Where the memory came from, which is where it goes.
+#[derive(Debug)]
+enum Origin {
+    /// `mmap`.
+    Mapped,
+    /// `mmap`, and a provider knows it.
+    Attached(Arc<dyn Provider>),
+    /// A provider.
+    Provided(Arc<dyn Provider>),
 }
 
 // SAFETY: `Region` owns the mapping and hands out only raw pointers and copies; which thread touches which bytes
@@ -112,7 +125,30 @@ impl Region {
         // (no transparent huge pages in this kernel) costs speed only.
         let _ = unsafe { rustix::mm::madvise(base, rounded, Advice::LinuxHugepage) };
         let base = NonNull::new(base.cast()).expect("mmap never returns null on success");
-        Ok(Self { base, len: rounded, id, generation, shared: false, guard: None })
+        let (shared, guard, origin) = (false, None, Origin::Mapped);
+        Ok(Self { base, len: rounded, id, generation, shared, guard, origin })
+    }
+
+    /// As `with_id`, out of `provider` if it has as much.
+    pub(crate) fn provided_with_id(
+        len: usize,
+        id: RegionId,
+        generation: Option<Arc<AtomicU64>>,
+        provider: &Arc<dyn Provider>,
+    ) -> Result<Self, MapError> {
+        let rounded = len.max(1).next_multiple_of(PAGE_SIZE);
+        let Some(base) = provider.allocate(rounded) else { return Self::with_id(len, id, generation) };
+        // Shared, because it is no mapping whose pages could be given back.
+        let (shared, guard, origin) = (true, None, Origin::Provided(provider.clone()));
+        Ok(Self { base, len: rounded, id, generation, shared, guard, origin })
+    }
+
+    /// Lets `provider` know memory that did not come from it.
+    pub(crate) fn attach(&mut self, provider: &Arc<dyn Provider>) {
+        // SAFETY: the mapping of this region, which `drop` detaches before it unmaps it.
+        if matches!(self.origin, Origin::Mapped) && unsafe { provider.attach(self.base, self.len) } {
+            self.origin = Origin::Attached(provider.clone());
+        }
     }
 
     /// Maps `len` bytes at `offset` of the file `fd`, shared. Both are whole pages of it.
@@ -147,7 +183,7 @@ impl Region {
         // SAFETY: the mapping just made, which `drop` ends after the guard. Only raw pointers lead to it, whose users
         // expect the bytes to change at any time, and to have changed to zeroes is no different.
         let guard = unsafe { Guard::new(base.as_ptr(), len) };
-        Ok(Self { base, len, id, generation, shared: true, guard })
+        Ok(Self { base, len, id, generation, shared: true, guard, origin: Origin::Mapped })
     }
 
     /// Shared memory whose other side has taken it away: it has been replaced by zeroed memory that nobody else sees.
@@ -275,10 +311,22 @@ impl Drop for Region {
     fn drop(&mut self) {
         // Other memory may be mapped there next.
         self.guard = None;
-        // SAFETY: the mapping made in `with_id` or `shared_with_id`, unmapped exactly once. Segments do not outlive it by the contract
-        // of `segment`.
-        let result = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
-        debug_assert!(result.is_ok(), "munmap of an own mapping: {result:?}");
+        let unmap = || {
+            // SAFETY: the mapping made in `with_id` or `shared_with_id`, unmapped exactly once. Segments do not outlive it
+            // by the contract of `segment`.
+            let result = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
+            debug_assert!(result.is_ok(), "munmap of an own mapping: {result:?}");
+        };
+        match &self.origin {
+            Origin::Mapped => unmap(),
+            Origin::Attached(provider) => {
+                // SAFETY: attached once, by `attach`; still mapped.
+                unsafe { provider.detach(self.base, self.len) };
+                unmap();
+            }
+            // SAFETY: its memory, given back once; segments do not outlive it, as above.
+            Origin::Provided(provider) => unsafe { provider.free(self.base, self.len) },
+        }
         if let Some(generation) = &self.generation {
             generation.fetch_add(1, Ordering::Release);
         }

@@ -5,8 +5,9 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
+use crate::provider::Provider;
 use crate::region::{MapError, Region};
 
 /// Index of a region in its [`Registry`]; the same number indexes an io_uring's fixed-buffer table.
@@ -29,6 +30,7 @@ pub struct Registry {
     /// Shared with the regions, which move it when they go.
     generation: Arc<AtomicU64>,
     slots: Mutex<Vec<Weak<Region>>>,
+    provider: OnceLock<Arc<dyn Provider>>,
 }
 
 /// The live regions at one generation.
@@ -49,12 +51,21 @@ impl Registry {
         Arc::default()
     }
 
+    /// Regions that are made from now on come out of `provider` where it has memory, and those of other processes are made
+    /// known to it. The first one stays.
+    pub fn set_provider(&self, provider: Arc<dyn Provider>) {
+        let _ = self.provider.set(provider);
+    }
+
     /// Maps a region of `len` bytes and gives it the first free id.
     ///
     /// # Errors
     /// As [`Region::new`].
     pub fn map(&self, len: usize) -> Result<Arc<Region>, MapError> {
-        self.add(|id, generation| Region::with_id(len, id, generation))
+        self.add(|id, generation| match self.provider.get() {
+            Some(provider) => Region::provided_with_id(len, id, generation, provider),
+            None => Region::with_id(len, id, generation),
+        })
     }
 
     /// Maps `len` bytes at `offset` of the file `fd`, memory that another process shares with this one (a guest's),
@@ -66,7 +77,13 @@ impl Registry {
     /// # Errors
     /// `Outside` unless it is whole pages inside the file; `Shared`, the kernel's refusal. Source: mmap(2).
     pub fn map_shared(&self, fd: BorrowedFd<'_>, offset: u64, len: usize) -> Result<Arc<Region>, MapError> {
-        self.add(|id, generation| Region::shared_with_id(fd, offset, len, id, generation))
+        self.add(|id, generation| {
+            let mut region = Region::shared_with_id(fd, offset, len, id, generation)?;
+            if let Some(provider) = self.provider.get() {
+                region.attach(provider);
+            }
+            Ok(region)
+        })
     }
 
     fn add(
@@ -107,6 +124,63 @@ impl Registry {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::ptr::NonNull;
+
+    /// Counts what is out; has one page only.
+    #[derive(Debug, Default)]
+    struct OnePage(AtomicU64, AtomicU64);
+
+    impl Provider for OnePage {
+        fn allocate(&self, len: usize) -> Option<NonNull<u8>> {
+            if len > 4096 || self.0.swap(1, Ordering::Relaxed) == 1 {
+                return None;
+            }
+            let layout = std::alloc::Layout::from_size_align(4096, 4096).ok()?;
+            // SAFETY: not of size 0.
+            NonNull::new(unsafe { std::alloc::alloc_zeroed(layout) })
+        }
+
+        unsafe fn free(&self, base: NonNull<u8>, len: usize) {
+            assert_eq!(len, 4096);
+            let layout = std::alloc::Layout::from_size_align(4096, 4096).unwrap();
+            // SAFETY: from `allocate`, by the caller's promise.
+            unsafe { std::alloc::dealloc(base.as_ptr(), layout) };
+            self.0.store(0, Ordering::Relaxed);
+        }
+
+        unsafe fn attach(&self, _: NonNull<u8>, _: usize) -> bool {
+            self.1.fetch_add(1, Ordering::Relaxed);
+            true
+        }
+
+        unsafe fn detach(&self, _: NonNull<u8>, _: usize) {
+            self.1.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn memory_comes_from_the_provider_and_goes_back_there() {
+        use std::os::fd::AsFd;
+        let (reg, provider) = (Registry::new(), Arc::new(OnePage::default()));
+        reg.set_provider(provider.clone());
+        let out = || (provider.0.load(Ordering::Relaxed), provider.1.load(Ordering::Relaxed));
+        let provided = reg.map(100).unwrap();
+        assert_eq!((provided.len(), out()), (4096, (1, 0)));
+        // Zeroed in place: there is no mapping to give pages back to.
+        assert!(provided.copy_in(0, &[7; 4096]) && provided.zero(0, 4096, true));
+        let mut bytes = [1; 4096];
+        assert!(provided.copy_out(0, &mut bytes));
+        assert_eq!(bytes, [0; 4096]);
+        // More than it has: the kernel's.
+        let mapped = reg.map(8192).unwrap();
+        assert_eq!(mapped.len(), 8192);
+        let fd = rustix::fs::memfd_create("shared", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&fd, 4096).unwrap();
+        let shared = reg.map_shared(fd.as_fd(), 0, 4096).unwrap();
+        assert_eq!(out(), (1, 1));
+        drop((provided, mapped, shared));
+        assert_eq!(out(), (0, 0));
+    }
 
     #[test]
     fn ids_are_reused_and_the_generation_moves() {

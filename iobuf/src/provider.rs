@@ -1,0 +1,27 @@
+//! Memory from elsewhere than the kernel.
+
+use std::ptr::NonNull;
+
+/// A library that has memory of its own for data, because its devices can reach no other (SPDK's hugepages).
+pub trait Provider: std::fmt::Debug + Send + Sync {
+    /// `len` zeroed bytes, whole pages, on a page boundary; `None`: there is not as much, take the kernel's.
+    fn allocate(&self, len: usize) -> Option<NonNull<u8>>;
+
+    /// Takes back what [`Provider::allocate`] gave.
+    ///
+    /// # Safety
+    /// From there, with the same length, not given back before, and nobody uses it any more.
+    unsafe fn free(&self, base: NonNull<u8>, len: usize);
+
+    /// Makes memory of another origin (a guest's) known to the devices; false if that cannot be.
+    ///
+    /// # Safety
+    /// A mapping of `len` bytes that stays until [`Provider::detach`].
+    unsafe fn attach(&self, base: NonNull<u8>, len: usize) -> bool;
+
+    /// Ends [`Provider::attach`].
+    ///
+    /// # Safety
+    /// Attached, and no request uses it any more.
+    unsafe fn detach(&self, base: NonNull<u8>, len: usize);
+}
