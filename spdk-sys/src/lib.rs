@@ -1,0 +1,28 @@
+//! SPDK's bdev layer and what it takes to run it in one's own threads, as bindgen sees it: declarations and link flags,
+//! nothing else. The `bdev` crate's feature `spdk` is the user, and has the safe side of it.
+//!
+//! `build.rs` finds SPDK: `SPDK_DIR` (an install prefix), then pkg-config. Versions from v24.09 on; nothing of their ABI
+//! is stable, so build again for another one.
+
+#![allow(non_camel_case_types, non_snake_case, non_upper_case_globals)]
+// Generated: SPDK's own headers are the documentation, and C has names and layouts that clippy would not choose.
+#![allow(missing_docs, clippy::all, clippy::undocumented_unsafe_blocks, clippy::missing_safety_doc)]
+#![allow(rustdoc::all, unnecessary_transmutes)]
+
+include!(concat!(env!("OUT_DIR"), "/bindings.rs"));
+
+#[cfg(test)]
+mod tests {
+    /// The libraries are linked with their constructors: these names are registered by some.
+    #[test]
+    fn constructors_are_linked() {
+        let mut states = 0;
+        for method in
+            [c"bdev_get_bdevs", c"bdev_malloc_create", c"bdev_lvol_create", c"bdev_nvme_attach_controller"]
+        {
+            // SAFETY: a C string, and a place for the answer; the list of methods is complete before main.
+            let rc = unsafe { super::spdk_rpc_get_method_state_mask(method.as_ptr(), &mut states) };
+            assert_eq!(rc, 0, "{method:?} is not linked");
+        }
+    }
+}

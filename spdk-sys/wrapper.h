@@ -1,0 +1,10 @@
+#include <spdk/stdinc.h>
+#include <spdk/bdev.h>
+#include <spdk/bdev_module.h>
+#include <spdk/env.h>
+#include <spdk/init.h>
+#include <spdk/log.h>
+#include <spdk/notify.h>
+#include <spdk/rpc.h>
+#include <spdk/thread.h>
+#include <spdk/version.h>
