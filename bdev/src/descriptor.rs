@@ -83,6 +83,8 @@ impl Drop for Open {
         if opens.claim.as_ref().is_some_and(|c| c.owner == self.id) {
             opens.claim = None;
         }
+        drop(opens);
+        self.entry.bdev().closed(self.mode);
     }
 }
 
@@ -111,6 +113,9 @@ impl Descriptor {
             return Err(Error::ReadOnly { name: name() });
         }
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
+        // Without the lock: the device may have to ask a thread that wants it. Undone by the drop of `open`.
+        entry.bdev().opened(mode)?;
+        let open = Arc::new(Open { entry: entry.clone(), mode, id, events });
         let mut opens = entry.opens();
         // Under this lock, so that `unregister` either finds the new descriptor or is seen here.
         if entry.removed.load(Ordering::Acquire) {
@@ -123,7 +128,6 @@ impl Descriptor {
             );
             return Err(Error::Busy { name: name(), wish: "opened for writing", holder });
         }
-        let open = Arc::new(Open { entry: entry.clone(), mode, id, events });
         opens.list.push((id, mode, Arc::downgrade(&open)));
         drop(opens);
         Ok(Self(open))

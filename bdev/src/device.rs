@@ -13,6 +13,7 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+use crate::descriptor::Mode;
 use crate::io::{Completions, IoRequest, Op, Rejected};
 use crate::manager::Error;
 
@@ -140,6 +141,25 @@ pub trait Bdev: Any + Send + Sync {
     /// # Errors
     /// The system's refusal (file table, locked memory), in words.
     fn channel(self: Arc<Self>) -> Result<Box<dyn Channel>, ChannelError>;
+
+    /// As [`Bdev::channel`], for a descriptor of `mode`: where devices tell readers from writers.
+    ///
+    /// # Errors
+    /// As there.
+    fn channel_for(self: Arc<Self>, _mode: Mode) -> Result<Box<dyn Channel>, ChannelError> {
+        self.channel()
+    }
+
+    /// A descriptor of `mode` is about to be open; [`Bdev::closed`] follows when it is dropped.
+    ///
+    /// # Errors
+    /// Somebody else, whom the manager does not know, has the device: `Busy`.
+    fn opened(&self, _mode: Mode) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// A descriptor of `mode` and all its channels are gone.
+    fn closed(&self, _mode: Mode) {}
 
     /// What of `blocks` blocks from `lba` on, a range inside the bdev, is allocated: at least one extent, at most `max`, in
     /// order and without gaps, less than the range if there are more. `None` where that is not known, which is as good as

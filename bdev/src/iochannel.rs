@@ -112,7 +112,7 @@ impl IoChannel {
             writable: open.mode == Mode::ReadWrite && !info.read_only,
         };
         Ok(Self {
-            backend: open.entry.bdev().clone().channel()?,
+            backend: open.entry.bdev().clone().channel_for(open.mode)?,
             slots: Vec::with_capacity(64),
             free: Vec::with_capacity(64),
             ended: Vec::with_capacity(64),

@@ -4,7 +4,7 @@
 //! go through [`Manager`], [`Descriptor`] and [`IoChannel`]; a new backend starts from `examples/minimal.rs`.
 //!
 //! Backends: [`null`], [`malloc`], [`uring`] (files and block devices; also as "AIO disk"). Layers over another bdev:
-//! [`delay`], [`error`].
+//! [`delay`], [`error`]. With the feature `spdk`, SPDK's own bdevs: module `spdk`.
 
 mod clock;
 pub mod delay;
@@ -19,6 +19,8 @@ mod layer;
 pub mod malloc;
 mod manager;
 pub mod null;
+#[cfg(feature = "spdk")]
+pub mod spdk;
 mod stats;
 pub mod uring;
 

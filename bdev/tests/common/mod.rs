@@ -256,6 +256,11 @@ impl Setup {
         Self { mode: Mode::ReadOnly, ..self }
     }
 
+    /// What is written is not kept (null).
+    pub fn without_data(self) -> Self {
+        Self { keeps_data: false, ..self }
+    }
+
     pub fn bounded(self) -> Self {
         Self { bounded: true, ..self }
     }

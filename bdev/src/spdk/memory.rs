@@ -1,0 +1,133 @@
+//! Memory that devices can reach: data regions come out of SPDK's hugepages, so that an RDMA chunk is read and written by
+//! NVMe without a copy.
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use iobuf::{PAGE_SIZE, Provider};
+use spdk_sys as sys;
+
+/// SPDK was started with hugepages: devices may want to reach data by DMA.
+static HUGEPAGES: AtomicBool = AtomicBool::new(false);
+
+/// Regions that came from SPDK and live.
+static LENT: AtomicUsize = AtomicUsize::new(0);
+
+/// `SPDK_VTOPHYS_ERROR`, a macro that bindgen cannot read.
+const VTOPHYS_ERROR: u64 = u64::MAX;
+
+/// Registered whole, both ends.
+const HUGE: usize = 2 << 20;
+
+pub(super) fn set_hugepages(on: bool) {
+    HUGEPAGES.store(on, Ordering::Release);
+}
+
+/// Whether requests have to be in memory that devices can reach. Without hugepages there are none.
+pub(super) fn dma() -> bool {
+    HUGEPAGES.load(Ordering::Acquire)
+}
+
+/// Data memory of SPDK that is still in use, so that the environment must stay.
+pub(super) fn lent() -> usize {
+    LENT.load(Ordering::Acquire)
+}
+
+/// For [`iobuf::Registry::set_provider`]; `None` without hugepages, when any memory is as good.
+pub fn provider() -> Option<Arc<dyn Provider>> {
+    dma().then(|| Arc::new(Hugepages) as Arc<dyn Provider>)
+}
+
+/// DPDK's heap.
+#[derive(Debug)]
+struct Hugepages;
+
+impl Provider for Hugepages {
+    fn allocate(&self, len: usize) -> Option<NonNull<u8>> {
+        // SAFETY: plain numbers; the answer is null or zeroed memory of at least `len` bytes.
+        let base = unsafe { sys::spdk_dma_zmalloc(len as _, PAGE_SIZE as _, std::ptr::null_mut()) };
+        let base = NonNull::new(base.cast());
+        match base {
+            Some(_) => LENT.fetch_add(1, Ordering::AcqRel),
+            None => {
+                static TOLD: AtomicBool = AtomicBool::new(false);
+                if !TOLD.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(
+                        bytes = len,
+                        "no hugepages are left for data memory, so SPDK copies: raise vm.nr_hugepages"
+                    );
+                }
+                0
+            }
+        };
+        base
+    }
+
+    unsafe fn free(&self, base: NonNull<u8>, _len: usize) {
+        // SAFETY: from `allocate` and given back once, by the caller's promise. The environment is there as long as
+        // anything is lent.
+        unsafe { sys::spdk_dma_free(base.as_ptr().cast()) };
+        LENT.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Memory of somebody else can be registered if it is hugepages too (a guest's).
+    unsafe fn attach(&self, base: NonNull<u8>, len: usize) -> bool {
+        let whole = (base.as_ptr() as usize).is_multiple_of(HUGE) && len.is_multiple_of(HUGE);
+        // SAFETY: a mapping that stays until `detach`, by the caller's promise. A refusal changes nothing.
+        whole && unsafe { sys::spdk_mem_register(base.as_ptr().cast(), len as _) } == 0
+    }
+
+    unsafe fn detach(&self, base: NonNull<u8>, len: usize) {
+        // SAFETY: registered by `attach`, and still mapped.
+        unsafe { sys::spdk_mem_unregister(base.as_ptr().cast(), len as _) };
+    }
+}
+
+/// Whether devices can reach all of `len` bytes at `addr`.
+pub(super) fn reachable(addr: u64, len: u32) -> bool {
+    let (mut at, mut left) = (addr, u64::from(len));
+    while left > 0 {
+        let mut run = left;
+        // SAFETY: only looks the address up; nothing at it is touched.
+        let physical = unsafe { sys::spdk_vtophys(at as *const _, &mut run) };
+        if physical == VTOPHYS_ERROR || run == 0 {
+            return false;
+        }
+        at += run.min(left);
+        left -= run.min(left);
+    }
+    true
+}
+
+/// A piece of memory that devices can reach, for requests whose own memory they cannot. Freed on drop.
+#[derive(Debug)]
+pub(super) struct Bounce {
+    base: NonNull<u8>,
+    len: usize,
+}
+
+impl Bounce {
+    /// `None` if there is no memory now.
+    pub(super) fn new(len: usize) -> Option<Self> {
+        let len = len.next_power_of_two().max(64 << 10);
+        // SAFETY: as in `allocate`.
+        let base = unsafe { sys::spdk_dma_malloc(len as _, PAGE_SIZE as _, std::ptr::null_mut()) };
+        NonNull::new(base.cast()).map(|base| Self { base, len })
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(super) fn as_ptr(&self) -> *mut u8 {
+        self.base.as_ptr()
+    }
+}
+
+impl Drop for Bounce {
+    fn drop(&mut self) {
+        // SAFETY: from `spdk_dma_malloc`, freed once; whoever drops it has no request on it any more.
+        unsafe { sys::spdk_dma_free(self.base.as_ptr().cast()) };
+    }
+}

@@ -1,0 +1,39 @@
+//! SPDK's bdevs (NVMe, lvol, raid, …) as bdevs of this crate. Feature `spdk`.
+//!
+//! SPDK runs inside this program's threads, without its own reactors:
+//!
+//! ```text
+//!   control thread: Runtime ── the app thread: subsystems, RPC, opening and closing, events     one spdk_thread
+//!        │ poll, after the configuration has been loaded as well
+//!        └ threads that SPDK's modules make, unless `adopt` gives them to a reactor
+//!   any other thread that makes a channel: Local ── its own spdk_thread, its io channels
+//!        └ polled by the channels while something is in flight, else by `poll_idle`
+//! ```
+//!
+//! Reading order: [`Options`] and `env` start it, `runtime` is its life, `local` a thread's part of it, `disk` a bdev,
+//! `channel` the data path, `memory` what devices can reach, `port` SPDK's own JSON-RPC. `ffi` has the few helpers around
+//! C strings and lists. One environment for each process, once: SPDK keeps its state in global variables.
+
+mod channel;
+mod disk;
+mod env;
+mod ffi;
+mod local;
+mod log;
+mod memory;
+mod port;
+mod runtime;
+mod slot;
+
+pub use disk::{SpdkBdev, offer};
+pub use env::{Options, StartError};
+pub use local::{Foreign, adopt, busy_anywhere, leave, next_timer, poll_idle};
+pub use log::recent_errors;
+pub use memory::provider;
+pub use port::{Port, States, states_of};
+pub use runtime::{Change, Runtime, running};
+
+/// The version of SPDK that this program was built with: "v26.05".
+pub fn version() -> String {
+    format!("v{}.{:02}", spdk_sys::SPDK_VERSION_MAJOR, spdk_sys::SPDK_VERSION_MINOR)
+}
