@@ -13,6 +13,8 @@ pub mod notify;
 mod pending;
 pub mod placement;
 mod shutdown;
+#[cfg(feature = "spdk")]
+pub mod spdk;
 mod startup;
 mod state;
 mod subsystem;

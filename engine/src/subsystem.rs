@@ -30,6 +30,10 @@ pub trait Subsystem {
     /// Adds its RPC methods.
     fn methods(&self, table: &mut MethodTable<App>);
 
+    /// Adds methods of a library that has a JSON-RPC of its own, except where this program has one of that name: all its own
+    /// are in the table now.
+    fn foreign_methods(&self, _table: &mut MethodTable<App>) {}
+
     /// One text for each of its methods, for `docs/rpc.md`.
     fn texts(&self) -> &'static [MethodText];
 

@@ -11,5 +11,7 @@ pub const PROGRAM: &str = "rnbd-initiator";
 pub fn subsystems() -> Vec<Box<dyn Subsystem>> {
     let mut all: Vec<Box<dyn Subsystem>> = vec![Box::new(BdevRnbd::default()), Box::new(BdevNbd::default())];
     all.extend(exports::subsystems());
+    #[cfg(feature = "spdk")]
+    all.insert(0, Box::new(engine::spdk::Spdk::default()));
     all
 }

@@ -71,6 +71,7 @@ type Handler<C> = Box<dyn Fn(&MethodTable<C>, &mut C, Option<&Value>, Responder)
 struct Method<C> {
     states: States,
     params: Vec<Param>,
+    foreign: bool,
     handler: Handler<C>,
 }
 
@@ -91,6 +92,8 @@ pub struct MethodInfo<'a> {
     pub params: &'a [Param],
     /// Deprecated names of it.
     pub aliases: Vec<&'a str>,
+    /// Somebody else's, with parameters that are not known here ([`MethodTable::foreign`]).
+    pub foreign: bool,
 }
 
 /// The methods of an application whose handlers work on a `C`.
@@ -175,6 +178,22 @@ impl<C: 'static> MethodTable<C> {
         self.insert::<NoParams>(name, states, move |_, cx, _, responder| handler(cx, responder));
     }
 
+    /// Adds a method of another program, or of a library with a JSON-RPC of its own: parameters are handed over as they are,
+    /// for it to check.
+    ///
+    /// # Panics
+    /// See [`MethodTable::method`].
+    pub fn foreign(
+        &mut self,
+        name: &str,
+        states: States,
+        handler: impl Fn(&mut C, Option<&Value>, Responder) + Send + Sync + 'static,
+    ) {
+        self.assert_free(name);
+        let handler: Handler<C> = Box::new(move |_, cx, params, responder| handler(cx, params, responder));
+        self.methods.insert(name.to_owned(), Method { states, params: Vec::new(), foreign: true, handler });
+    }
+
     /// Adds a deprecated name for `of`, whose first use is logged.
     ///
     /// # Panics
@@ -205,7 +224,7 @@ impl<C: 'static> MethodTable<C> {
                 Err(error) => responder.err(error),
             }
         });
-        self.methods.insert(name.to_owned(), Method { states, params, handler });
+        self.methods.insert(name.to_owned(), Method { states, params, foreign: false, handler });
     }
 
     fn assert_free(&self, name: &str) {
@@ -262,6 +281,7 @@ impl<C: 'static> MethodTable<C> {
             name,
             states: method.states,
             params: &method.params,
+            foreign: method.foreign,
             aliases: self.aliases.iter().filter(|(_, a)| a.of == *name).map(|(n, _)| n.as_str()).collect(),
         })
     }
@@ -366,6 +386,18 @@ mod tests {
         table.method_without_params("version", States::STARTUP | States::RUNTIME, |_, r| r.ok("1"));
         table.alias("plus", "add");
         table
+    }
+
+    #[test]
+    fn foreign_methods_get_their_parameters_as_they_are() {
+        let mut table = table();
+        table.foreign("elsewhere", States::RUNTIME, |_, p, r| r.ok(p));
+        assert_eq!(call(&table, "elsewhere", json!({})).unwrap_err().code, crate::code::INVALID_STATE);
+        table.set_state(State::Runtime);
+        for params in [json!({"any": [1, {"thing": null}]}), json!([1]), Value::Null] {
+            assert_eq!(call(&table, "elsewhere", params.clone()).unwrap(), params);
+        }
+        assert!(table.methods().any(|m| m.foreign && m.name == "elsewhere"));
     }
 
     fn call(table: &MethodTable<u32>, method: &str, params: Value) -> Result<Value, RpcError> {

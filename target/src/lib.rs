@@ -18,5 +18,7 @@ pub fn subsystems(cms: Vec<Box<dyn Cm>>) -> Vec<Box<dyn Subsystem>> {
     let mut all: Vec<Box<dyn Subsystem>> =
         vec![Box::new(BdevRnbd::default()), Box::new(BdevNbd::default()), Box::new(rnbd::Rnbd::new(cms))];
     all.extend(exports::subsystems());
+    #[cfg(feature = "spdk")]
+    all.insert(0, Box::new(engine::spdk::Spdk::default()));
     all
 }

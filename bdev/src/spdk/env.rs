@@ -163,6 +163,24 @@ pub(super) fn init(options: &Options) -> Result<(), StartError> {
     Ok(())
 }
 
+/// Ends the environment, and takes the folder away that EAL made for it and leaves behind.
+///
+/// # Safety
+/// Nothing of it is in use any more.
+pub(super) unsafe fn finish() {
+    // SAFETY: by the caller's promise.
+    unsafe { sys::spdk_env_fini() };
+    let name = format!("dpdk/spdk_pid{}", std::process::id());
+    // EAL's rule: `eal_create_runtime_dir` in DPDK's lib/eal/unix/eal_filesystem.c.
+    let place = if rustix::process::getuid().is_root() {
+        "/var/run".into()
+    } else {
+        std::env::var("XDG_RUNTIME_DIR").unwrap_or_else(|_| "/tmp".into())
+    };
+    // Not there, or not empty: then it is somebody's.
+    let _ = std::fs::remove_dir(std::path::Path::new(&place).join(name));
+}
+
 fn addresses(option: &'static str, list: &[String]) -> Result<Vec<sys::spdk_pci_addr>, StartError> {
     list.iter()
         .map(|value| {

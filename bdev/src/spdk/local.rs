@@ -17,6 +17,9 @@ thread_local! {
 /// Threads of this program that have requests in flight.
 static BUSY: AtomicUsize = AtomicUsize::new(0);
 
+/// Least time between two looks at an idle SPDK.
+const SOONEST: Duration = Duration::from_millis(1);
+
 /// `Local`s that live. The environment must not end before them.
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 
@@ -212,29 +215,26 @@ pub fn poll_idle() -> bool {
     })
 }
 
-/// When SPDK next has something to do on this thread at a set time. Messages come unannounced.
-pub fn next_timer() -> Option<Instant> {
-    LOCAL.with_borrow(|local| local.as_ref()?.next_timer())
+/// When the calling thread should call [`poll_idle`] again though nothing is in flight here: at SPDK's next timer, and after
+/// `idle` at the latest, since messages come unannounced. While other threads have requests in flight, which may need this
+/// one (a volume that grows), that is after 1 ms; and never sooner, so that no timer of SPDK makes an idle program busy.
+/// `None` where SPDK is not in use.
+pub fn next_wake(idle: Duration) -> Option<Instant> {
+    LOCAL.with_borrow(|local| {
+        let local = local.as_ref()?;
+        let now = Instant::now();
+        let soonest = now + SOONEST;
+        let latest = if BUSY.load(Ordering::Relaxed) > 0 { soonest } else { now + idle.max(SOONEST) };
+        Some(local.next_timer().map_or(latest, |timer| timer.clamp(soonest, latest)))
+    })
 }
 
-/// Takes a module's thread over: it is polled by [`poll_idle`] here from now on.
-///
-/// # Errors
-/// SPDK is not running; the thread is given back.
-pub fn adopt(thread: Foreign) -> Result<(), Foreign> {
+/// Takes a module's thread over: it is polled by [`poll_idle`] here from now on. Back to the app thread if there is no SPDK.
+pub fn adopt(thread: Foreign) {
     match Local::current() {
-        Ok(local) => {
-            local.adopt(thread);
-            Ok(())
-        }
-        Err(_) => Err(thread),
+        Ok(local) => local.adopt(thread),
+        Err(_) => runtime::new_thread(thread),
     }
-}
-
-/// Whether any thread of this program has requests in flight, whose completion may take others to be polled (a volume
-/// that grows).
-pub fn busy_anywhere() -> bool {
-    BUSY.load(Ordering::Relaxed) > 0
 }
 
 /// The calling thread is done with SPDK: its channels are gone, and it will make no more. Before [`Runtime::stop`]

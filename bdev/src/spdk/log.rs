@@ -57,7 +57,7 @@ unsafe extern "C" fn line(
             tracing::error!(target: "spdk", function, "{text}");
         }
         sys::spdk_log_level::SPDK_LOG_WARN => tracing::warn!(target: "spdk", function, "{text}"),
-        sys::spdk_log_level::SPDK_LOG_NOTICE => tracing::info!(target: "spdk", function, "{text}"),
+        sys::spdk_log_level::SPDK_LOG_NOTICE => tracing::info!(target: "spdk", "{text}"),
         _ => tracing::debug!(target: "spdk", function, "{text}"),
     }
 }

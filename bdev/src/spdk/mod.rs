@@ -27,7 +27,7 @@ mod slot;
 
 pub use disk::{SpdkBdev, offer};
 pub use env::{Options, StartError};
-pub use local::{Foreign, adopt, busy_anywhere, leave, next_timer, poll_idle};
+pub use local::{Foreign, adopt, leave, next_wake, poll_idle};
 pub use log::recent_errors;
 pub use memory::provider;
 pub use port::{Port, States, states_of};

@@ -219,7 +219,7 @@ impl Runtime {
             if memory::lent() > 0 {
                 return false;
             }
-            sys::spdk_env_fini();
+            env::finish();
         }
         memory::set_hugepages(false);
         true

@@ -136,7 +136,7 @@ const TEXTS: &[MethodText] = &[
 pub fn markdown(subsystems: Vec<Box<dyn Subsystem>>) -> String {
     let subsystems: Vec<Rc<dyn Subsystem>> = subsystems.into_iter().map(Rc::from).collect();
     let table = super::table(&subsystems);
-    let methods: Vec<MethodInfo<'_>> = table.methods().collect();
+    let methods: Vec<MethodInfo<'_>> = table.methods().filter(|m| !m.foreign).collect();
     let texts: Vec<&MethodText> = TEXTS.iter().chain(subsystems.iter().flat_map(|s| s.texts())).collect();
     for (name, ..) in &texts {
         assert!(methods.iter().any(|m| m.name == *name), "a text for {name}, which is no method");

@@ -28,6 +28,7 @@ pub fn table(subsystems: &[Rc<dyn Subsystem>]) -> MethodTable<App> {
     stats::register(&mut table);
     bdev_modules::register(&mut table);
     subsystems.iter().for_each(|s| s.methods(&mut table));
+    subsystems.iter().for_each(|s| s.foreign_methods(&mut table));
     table
 }
 
