@@ -244,6 +244,12 @@ impl Connection {
         decrypted || admissible || sendable || (open && (staged || self.staging.header().is_some()))
     }
 
+    /// [`Connection::wait_fd`] need not fire until the next [`Connection::before_sleep`]: the connection is asked anyway.
+    /// Saves its peer the notification with every message.
+    pub fn unwatch(&mut self) {
+        self.pipe.want(false, false);
+    }
+
     /// Answers still reach the client.
     fn answers(&self) -> bool {
         matches!(self.end, None | Some(End::Disconnect))

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use rustix::event::{Timespec, epoll};
+use rustix::event::{self, Timespec, epoll};
 
 use crate::mailbox::{Handle, IdlePolicy};
 use crate::poller::{Polled, Poller, PollerId};
@@ -47,6 +47,8 @@ pub enum SetupError {
 pub struct Reactor {
     core: Core,
     pollers: Vec<Entry>,
+    /// When a turn last had work that is a reason to spin.
+    last_work: Instant,
 }
 
 struct Entry {
@@ -103,6 +105,7 @@ impl Reactor {
                 poller_stats: Vec::new(),
             },
             pollers: Vec::new(),
+            last_work: Instant::now(),
         })
     }
 
@@ -123,14 +126,14 @@ impl Reactor {
         }
         let shared = self.core.handle.0.clone();
         shared.time.started();
+        // Sleeps of some microseconds would take 50 more otherwise. Fails nowhere that matters.
+        let _ = rustix::thread::set_current_timer_slack(std::num::NonZeroU64::new(1));
         let mut turn_began = Instant::now();
-        let mut last_work = turn_began;
+        self.last_work = turn_began;
         while !shared.stop.load(Ordering::Acquire) {
             let busy = self.turn(turn_began) == Polled::Busy;
-            if busy {
-                last_work = turn_began;
-            } else {
-                self.idle(turn_began, last_work);
+            if !busy {
+                self.idle(turn_began);
             }
             let now = Instant::now();
             shared.time.turn(busy, now.duration_since(turn_began).as_nanos() as u64);
@@ -142,6 +145,7 @@ impl Reactor {
 
     fn turn(&mut self, now: Instant) -> Polled {
         let mut busy = self.core.run_messages(now) | self.core.run_timers(now);
+        let mut spins = busy;
         self.apply_changes();
         for (entry, stats) in self.pollers.iter_mut().zip(0..) {
             if let Some((period, due)) = &mut entry.timed {
@@ -155,6 +159,10 @@ impl Reactor {
             stats.run_count += 1;
             stats.busy_count += u64::from(found);
             busy |= found;
+            spins |= found && !entry.poller.rests();
+        }
+        if spins {
+            self.last_work = now;
         }
         self.apply_changes();
         busy.into()
@@ -175,8 +183,8 @@ impl Reactor {
     }
 
     /// Spins, yields or sleeps, as the policy says.
-    fn idle(&mut self, now: Instant, last_work: Instant) {
-        let idle = now.duration_since(last_work);
+    fn idle(&mut self, now: Instant) {
+        let idle = now.duration_since(self.last_work);
         match self.core.handle.policy() {
             IdlePolicy::Adaptive { spin } if idle >= spin => self.sleep(now),
             _ if idle >= YIELD_AFTER => std::thread::yield_now(),
@@ -213,6 +221,13 @@ impl Reactor {
             return;
         }
         let timeout = left.and_then(|d| Timespec::try_from(d).ok());
+        // epoll_wait(2) counts milliseconds, ppoll(2) nanoseconds, and epoll_pwait2(2) is not everywhere.
+        if let Some(short) = timeout.filter(|t| t.tv_sec == 0 && t.tv_nsec < 1_000_000) {
+            let mut set = [event::PollFd::new(&self.core.epoll, event::PollFlags::IN)];
+            if matches!(event::poll(&mut set, Some(&short)), Ok(0) | Err(_)) {
+                return;
+            }
+        }
         let mut events =
             [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 8];
         // EINTR only means an early turn. Which descriptor fired does not matter: every poller is asked anyway.

@@ -35,6 +35,11 @@ pub trait Poller {
         Polled::Idle
     }
 
+    /// What the last busy `poll` did is no reason to spin: nothing is expected before [`Poller::deadline`].
+    fn rests(&self) -> bool {
+        false
+    }
+
     /// When `poll` must run next although no watched descriptor fires. Asked before each sleep.
     fn deadline(&self) -> Option<Instant> {
         None

@@ -12,6 +12,7 @@ use nbd_proto::request::Command;
 use nbd_proto::framing::Agreed;
 
 use super::fence::{Fence, Raised};
+use super::pace::Pace;
 use super::question::{Answer, Questions};
 
 /// How long a client may take to read its last answers.
@@ -20,6 +21,9 @@ const LINGER: Duration = Duration::from_secs(5);
 const STALL: Duration = Duration::from_secs(30);
 /// Turns without work after which a connection is waited for instead of asked. Some tens of microseconds.
 const COLD_AFTER: u32 = 200;
+/// Looks with traffic since the last sleep after which the socket need not tell anybody what arrives: the notification
+/// is work of whoever sends. Switching it off and on are system calls.
+const UNWATCHED_AFTER: u32 = 64;
 
 /// What a reactor needs to serve a connection.
 pub(super) struct NewClient {
@@ -86,6 +90,8 @@ pub(super) struct Client {
     /// It is asked every turn.
     pub(super) hot: bool,
     quiet_turns: u32,
+    busy_looks: u32,
+    pace: Pace,
     /// Size that requests are checked against, bytes.
     size: u64,
     /// It is dropped by then, whether or not the client has read everything.
@@ -97,7 +103,7 @@ pub(super) struct Client {
 }
 
 impl Client {
-    pub(super) fn new(new: NewClient, disk: usize, buffers: Buffers) -> std::io::Result<Self> {
+    pub(super) fn new(new: NewClient, disk: usize, buffers: Buffers, now: Instant) -> std::io::Result<Self> {
         let connection = Connection::with(new.socket, new.limits, new.agreed, buffers)?;
         Ok(Self {
             id: new.id,
@@ -107,6 +113,8 @@ impl Client {
             questions: Questions::default(),
             hot: false,
             quiet_turns: 0,
+            busy_looks: 0,
+            pace: Pace::new(now),
             size: new.limits.size,
             drop_at: None,
             stall_at: None,
@@ -115,14 +123,37 @@ impl Client {
         })
     }
 
-    /// Takes requests, unless they must wait for those of a connection that broke off. True if anything moved.
-    pub(super) fn receive(&mut self, incoming: &mut Vec<Incoming>) -> bool {
-        if self.fence.is_up() || !self.connection.receive(incoming) {
+    /// Takes requests, unless they must wait for those of a connection that broke off, or for company. True if anything
+    /// moved.
+    pub(super) fn receive(&mut self, now: Instant, incoming: &mut Vec<Incoming>) -> bool {
+        if self.pace.rests(now) || self.fence.is_up() {
             return false;
         }
-        self.quiet_turns = 0;
-        self.stall_at = None;
-        true
+        let moved = self.connection.receive(incoming);
+        self.pace.found(now, incoming.len());
+        if moved {
+            self.quiet_turns = 0;
+            self.stall_at = None;
+            self.busy_looks += 1;
+            if self.busy_looks == UNWATCHED_AFTER || self.pace.until().is_some() {
+                self.connection.unwatch();
+            }
+        }
+        moved
+    }
+
+    /// Until when it is left alone, although it has traffic; `None` if it is asked every turn.
+    pub(super) fn rests_until(&self) -> Option<Instant> {
+        self.pace.until()
+    }
+
+    /// The core is about to sleep: as [`Connection::before_sleep`], for a client that is not left alone anyway.
+    pub(super) fn before_sleep(&mut self, now: Instant) -> bool {
+        if self.pace.rests(now) {
+            return false;
+        }
+        self.busy_looks = 0;
+        self.connection.before_sleep()
     }
 
     /// Ends the connection of a client that has begun a request and does not go on. True if it has.
@@ -192,11 +223,11 @@ impl Client {
 
     /// Counts quiet turns; true if the connection may be waited for from now on, and its descriptor is armed.
     pub(super) fn cools(&mut self, now: Instant) -> bool {
-        self.quiet_turns += 1;
+        self.quiet_turns += u32::from(!self.pace.rests(now));
         let cools = self.quiet_turns > COLD_AFTER
             && self.connection.end().is_none()
             && !self.connection.waits_for_memory()
-            && !self.connection.before_sleep();
+            && !self.before_sleep(now);
         if cools && self.stall_at.is_none() && self.connection.is_mid_request() {
             self.stall_at = Some(now + STALL);
         }

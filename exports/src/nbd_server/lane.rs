@@ -28,6 +28,8 @@ pub(super) struct Lane {
     // Field order is drop order: channels wait until the devices have let go of the memory of the connections.
     disks: Vec<Option<Disk>>,
     clients: Vec<Option<Client>>,
+    /// How many there are.
+    population: usize,
     /// Places of clients that are asked every turn.
     hot: Vec<u32>,
     /// Everything of the connections that is made for the first one.
@@ -39,6 +41,10 @@ pub(super) struct Lane {
     turns: u32,
     /// When the first of the clients may have let its time pass.
     look_at: Option<Instant>,
+    /// The first of those that are left alone is asked again.
+    rest_until: Option<Instant>,
+    /// Nobody with traffic expects to be asked before, and no device is at work.
+    rests: bool,
     incoming: Vec<Incoming>,
     done: Completions,
 }
@@ -60,6 +66,7 @@ impl Lane {
         let lane = Rc::new(RefCell::new(Self {
             disks: Vec::new(),
             clients: Vec::new(),
+            population: 0,
             hot: Vec::new(),
             base: None,
             registry,
@@ -67,6 +74,8 @@ impl Lane {
             reactor,
             turns: 0,
             look_at: None,
+            rest_until: None,
+            rests: false,
             incoming: Vec::with_capacity(64),
             done: Vec::with_capacity(256),
         }));
@@ -96,7 +105,7 @@ impl Lane {
         let (buffers, epoll) = (base.buffers.clone(), base.epoll.try_clone().map_err(|e| e.to_string())?);
         let disk = self.disk(cx, &new)?;
         let place = self.clients.iter().position(Option::is_none).unwrap_or(self.clients.len());
-        let client = Client::new(new, disk, buffers).and_then(|client| {
+        let client = Client::new(new, disk, buffers, cx.now).and_then(|client| {
             let data = epoll::EventData::new_u64(place as u64);
             epoll::add(&epoll, borrow(client.connection.wait_fd()), data, epoll::EventFlags::IN)?;
             Ok(client)
@@ -109,6 +118,7 @@ impl Lane {
                 return Err(e.to_string());
             }
         }
+        self.population += 1;
         self.hot.reserve(self.clients.len());
         self.heat(place as u32);
         Ok(())
@@ -178,6 +188,8 @@ impl Lane {
         }
         self.disks.clear();
         self.hot.clear();
+        self.population = 0;
+        self.note_rest();
         let ids: Vec<u64> = self.clients.drain(..).flatten().map(|c| c.id).collect();
         ids.into_iter().for_each(|id| self.tell_end(id, "given up at shutdown".into()));
     }
@@ -198,12 +210,12 @@ impl Lane {
     fn poll(&mut self, cx: &mut Turn<'_>) -> bool {
         self.turns += 1;
         self.shed(cx.now);
-        if self.hot.is_empty() || self.turns >= LOOK_EVERY {
+        if self.hot.len() < self.population && (self.turns >= LOOK_EVERY || self.hot.is_empty()) {
             self.look_at_quiet_ones();
         }
         let mut busy = false;
         for i in 0..self.hot.len() {
-            busy |= self.receive(self.hot[i]);
+            busy |= self.receive(cx.now, self.hot[i]);
         }
         for place in 0..self.disks.len() {
             busy |= self.complete(place);
@@ -217,7 +229,17 @@ impl Lane {
                 self.hot.swap_remove(i);
             }
         }
+        self.note_rest();
         busy
+    }
+
+    /// Whether clients with traffic are left alone now, and until when.
+    fn note_rest(&mut self) {
+        let hot = || self.hot.iter().filter_map(|place| self.clients[*place as usize].as_ref());
+        self.rest_until = hot().filter_map(Client::rests_until).min();
+        self.rests = self.rest_until.is_some()
+            && hot().all(|c| c.rests_until().is_some())
+            && self.disks.iter().flatten().all(|d| d.channel.inflight() == 0);
     }
 
     fn look_at_quiet_ones(&mut self) {
@@ -233,11 +255,11 @@ impl Lane {
     }
 
     /// Takes requests of one client to its disk.
-    fn receive(&mut self, place: u32) -> bool {
+    fn receive(&mut self, now: Instant, place: u32) -> bool {
         let Some(client) = self.clients[place as usize].as_mut() else { return false };
         let Some(disk) = self.disks[client.disk].as_mut() else { return false };
         client.follow_size(disk.size());
-        let moved = client.receive(&mut self.incoming);
+        let moved = client.receive(now, &mut self.incoming);
         for incoming in self.incoming.drain(..) {
             client.stats.count(&incoming);
             if let Some(question) = Question::of(&incoming, disk.shift()) {
@@ -357,6 +379,7 @@ impl Lane {
 
     fn remove(&mut self, cx: &mut Turn<'_>, place: u32) {
         let Some(client) = self.clients[place as usize].take() else { return };
+        self.population -= 1;
         if let Some(base) = &self.base {
             // Before its descriptor is closed, whose number may be somebody's soon.
             let _ = epoll::delete(&base.epoll, borrow(client.connection.wait_fd()));
@@ -380,14 +403,14 @@ impl Poller for LanePoller {
         self.0.borrow_mut().poll(cx).into()
     }
 
-    fn before_sleep(&mut self, _: &mut Turn<'_>) -> Polled {
+    fn before_sleep(&mut self, cx: &mut Turn<'_>) -> Polled {
         let lane = &mut *self.0.borrow_mut();
         // The first turn afterwards looks at everybody.
         lane.turns = LOOK_EVERY;
         let mut awake = lane.disks.iter().flatten().any(|d| d.channel.ready());
         for place in &lane.hot {
             if let Some(client) = lane.clients[*place as usize].as_mut() {
-                awake |= client.connection.before_sleep();
+                awake |= client.before_sleep(cx.now);
             }
         }
         awake.into()
@@ -397,6 +420,10 @@ impl Poller for LanePoller {
         let lane = self.0.borrow();
         let disks = lane.disks.iter().flatten().filter_map(|d| d.channel.deadline());
         let clients = lane.clients.iter().flatten().filter_map(Client::deadline);
-        disks.chain(clients).min()
+        disks.chain(clients).chain(lane.rest_until).min()
+    }
+
+    fn rests(&self) -> bool {
+        self.0.borrow().rests
     }
 }

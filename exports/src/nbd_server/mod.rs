@@ -22,6 +22,7 @@ mod fence;
 mod lane;
 mod limit;
 mod methods;
+mod pace;
 mod question;
 mod server;
 mod single;
