@@ -3,14 +3,12 @@
 //! ```text
 //! driver.rs (control thread): connect ─▶ open ─▶ memory ─▶ start ─▶ … ─▶ results ─▶ close ─▶ report.rs
 //! worker.rs (each reactor):   `queue_depth` slots, each with a buffer; what completes is submitted anew
-//!   workload.rs: which blocks next          verify.rs: what was written there
+//!   workload.rs: which blocks next          crate::stamp: what was written there
 //! ```
 
 mod driver;
 mod options;
 mod report;
-mod rng;
-mod verify;
 mod worker;
 mod workload;
 

@@ -11,9 +11,9 @@ use rtrs_poll::client::{Io, Refused, Session, SessionId, SessionKey, Upper};
 use rtrs_proto::Errno;
 use rustix::time::{ClockId, clock_gettime};
 
-use super::rng::Rng;
-use super::verify::{check, stamp};
 use super::workload::{Action, Next, Workload};
+use crate::rng::Rng;
+use crate::stamp::{SPOILT, check, stamp};
 
 /// What a worker needs to begin.
 pub(super) struct Start {
@@ -255,7 +255,7 @@ impl Run {
             }
             Action::Check(_) => {
                 for sector in (0..self.block_size as usize).step_by(512) {
-                    let inside = self.memory.copy_in(at + sector, &[0xff; 16]);
+                    let inside = self.memory.copy_in(at + sector, &SPOILT);
                     debug_assert!(inside, "each slot has its buffer");
                 }
             }

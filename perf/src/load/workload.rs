@@ -1,8 +1,8 @@
 //! Which block next, and what to do with it.
 
 use super::options::Pattern;
-use super::rng::Rng;
-use super::verify::Ledger;
+use crate::rng::Rng;
+use crate::stamp::Ledger;
 
 /// One request to be made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -59,7 +59,6 @@ impl Target {
 
     /// A target with the 8 MiB devices `m512` and `m4k`, named after their blocks.
     pub fn start_on(net: Net, name: &str, options: &Value) -> Self {
-        let rpc_socket = std::env::temp_dir().join(format!("load-{name}-{}.sock", std::process::id()));
         let config = json!({"subsystems": [
             {"subsystem": "bdev", "config": [
                 {"method": "bdev_malloc_create", "params": {"name": "m512", "num_blocks": 16384, "block_size": 512}},
@@ -71,6 +70,14 @@ impl Target {
                  "params": {"traddr": net.server_ip.to_string(), "trsvcid": "1234", "provider": net.provider}},
             ]},
         ]});
+        let target = Self::serve(net, name, &config);
+        target.wait_for_listener();
+        target
+    }
+
+    /// A target with this configuration.
+    pub fn serve(net: Net, name: &str, config: &Value) -> Self {
+        let rpc_socket = std::env::temp_dir().join(format!("load-{name}-{}.sock", std::process::id()));
         let config = rpc::Config::parse(config.to_string().into_bytes(), "test").expect("valid");
         let (cm, (tx, rx)) = (net.server, mpsc::channel());
         let thread = std::thread::spawn(move || {
@@ -92,9 +99,7 @@ impl Target {
         });
         let control = rx.recv().expect("the target starts");
         let (provider, addresses) = (net.provider, (net.server_ip, net.client_ip));
-        let target = Self { client: net.client, provider, addresses, control, thread: Some(thread) };
-        target.wait_for_listener();
-        target
+        Self { client: net.client, provider, addresses, control, thread: Some(thread) }
     }
 
     pub fn app<R: Send + 'static>(&self, f: impl FnOnce(&mut App) -> R + Send + 'static) -> R {
