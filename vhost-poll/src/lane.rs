@@ -16,8 +16,12 @@ use crate::queue::{Coalescing, Queue, QueueSetup, Scratch};
 use crate::ring::Memory;
 use crate::session::{Event, SessionKey};
 
-/// Chains taken from a queue per turn.
-const BUDGET: usize = 64;
+/// Chains taken from a queue at a time. Drivers see those that are done before the next are taken: else a driver that
+/// polls would find all of its requests done at once, this side then all of the next ones, and each would wait while
+/// the other works.
+const PIECE: usize = 8;
+/// Pieces taken from a queue per turn.
+const PIECES: usize = 8;
 
 /// The sendable side of a lane.
 #[derive(Clone, Debug)]
@@ -81,24 +85,25 @@ impl<D: Disk> Lane<D> {
     fn poll(&mut self, cx: &mut Turn<'_>) -> bool {
         let mut busy = false;
         // While the disk is being let go of, requests wait in their rings.
-        if !self.detaching {
+        let pieces = if self.detaching { 0 } else { PIECES };
+        for piece in 1..=pieces {
+            let mut most = 0;
             for slot in self.queues.iter_mut().flatten() {
-                busy |= slot.queue.fetch(&mut self.disk, &mut self.scratch, BUDGET);
+                most = most.max(slot.queue.fetch(&mut self.disk, &mut self.scratch, PIECE));
             }
-        }
-        if let Some(disk) = &mut self.disk {
-            if busy {
-                disk.kick();
+            busy |= most > 0;
+            if most < PIECE || piece == pieces {
+                break;
             }
-            disk.poll(&mut self.done);
+            self.complete();
+            self.queues.iter_mut().flatten().for_each(|slot| slot.queue.show());
         }
-        busy |= !self.done.is_empty();
-        for Completion { cookie, status } in self.done.drain(..) {
-            // Queues stay until nothing of them is in flight.
-            if let Some(Some(slot)) = self.queues.get_mut((cookie >> 16) as usize) {
-                slot.queue.complete(cookie as u16, status);
-            }
+        if let Some(disk) = &mut self.disk
+            && busy
+        {
+            disk.kick();
         }
+        busy |= self.complete();
         let mut ending = self.detaching;
         for slot in self.queues.iter_mut().flatten() {
             slot.queue.publish(cx.now);
@@ -113,6 +118,22 @@ impl<D: Disk> Lane<D> {
             self.inflight.store(inflight as u32, Ordering::Relaxed);
         }
         busy
+    }
+
+    /// Ends what the disk has done. True if there was anything.
+    #[inline]
+    fn complete(&mut self) -> bool {
+        if let Some(disk) = &mut self.disk {
+            disk.poll(&mut self.done);
+        }
+        let any = !self.done.is_empty();
+        for Completion { cookie, status } in self.done.drain(..) {
+            // Queues stay until nothing of them is in flight.
+            if let Some(Some(slot)) = self.queues.get_mut((cookie >> 16) as usize) {
+                slot.queue.complete(cookie as u16, status);
+            }
+        }
+        any
     }
 
     /// Memory of some front end is gone: the session knows whether it is its own.

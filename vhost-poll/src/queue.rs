@@ -224,15 +224,15 @@ impl Queue {
         self.armed = true;
     }
 
-    /// Takes up to `budget` chains and submits what they ask for. True if there were any.
+    /// Takes up to `budget` chains and submits what they ask for; returns how many there were.
     pub(crate) fn fetch<C: DiskChannel>(
         &mut self,
         disk: &mut Option<C>,
         scratch: &mut Scratch,
         budget: usize,
-    ) -> bool {
+    ) -> usize {
         if self.broken.is_some() || !self.enabled {
-            return false;
+            return 0;
         }
         if self.armed {
             self.disarm();
@@ -255,7 +255,7 @@ impl Queue {
             count += 1;
         }
         self.pacing.requests = self.pacing.requests.saturating_add(count as u32);
-        count > 0
+        count
     }
 
     /// The next request, into `chain` and a slot.
@@ -406,31 +406,40 @@ impl Queue {
         }
     }
 
+    /// Shows the driver what was used, so that it can go on while this side does. [`Queue::publish`] follows in the same
+    /// turn.
+    #[inline]
+    pub(crate) fn show(&mut self) {
+        match (&mut self.ring, &mut self.track) {
+            (Ring::Split(ring), track) if ring.unpublished() > 0 => {
+                ring.show();
+                if let Track::Split(track) = track {
+                    track.used(ring.published());
+                }
+            }
+            (Ring::Packed(ring), track) if ring.unpublished() > 0 => {
+                if let Track::Packed(track) = track {
+                    track.before_publish();
+                }
+                ring.show();
+                if let Track::Packed(track) = track {
+                    track.used();
+                }
+            }
+            _ => {}
+        }
+    }
+
     /// Shows the driver what was used, and interrupts it if it wants that.
     #[inline]
     pub(crate) fn publish(&mut self, now: Instant) {
         while let Some((index, status)) = self.ended.pop() {
             self.complete(index, status);
         }
+        self.show();
         let wanted = match &mut self.ring {
-            Ring::Split(ring) if ring.unpublished() > 0 => {
-                let wanted = ring.publish();
-                if let Track::Split(track) = &mut self.track {
-                    track.used(ring.published());
-                }
-                wanted
-            }
-            Ring::Packed(ring) if ring.unpublished() > 0 => {
-                if let Track::Packed(track) = &mut self.track {
-                    track.before_publish();
-                }
-                let wanted = ring.publish();
-                if let Track::Packed(track) = &mut self.track {
-                    track.used();
-                }
-                wanted
-            }
-            _ => false,
+            Ring::Split(ring) => ring.unannounced() > 0 && ring.publish(),
+            Ring::Packed(ring) => ring.unannounced() > 0 && ring.publish(),
         };
         if self.pacing.config.delay_base_us == 0 {
             if wanted {

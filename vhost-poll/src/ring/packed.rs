@@ -82,6 +82,8 @@ pub struct PackedRing {
     first_flags: Option<u16>,
     /// Entries between `published` and `used`.
     unpublished: u16,
+    /// Entries for which the driver was not yet asked whether it wants an interrupt.
+    unannounced: u16,
     /// The chain taken last, as it is in the ring.
     taken: Vec<Descriptor>,
     memory: Memory,
@@ -116,6 +118,7 @@ impl PackedRing {
             published: used,
             first_flags: None,
             unpublished: 0,
+            unannounced: 0,
             taken: Vec::with_capacity(MAX_DESCRIPTORS),
             memory,
         })
@@ -219,7 +222,7 @@ impl PackedRing {
         Ok(())
     }
 
-    /// Fills the next used entry. The driver sees none of a batch before [`PackedRing::publish`]: it looks at entries in
+    /// Fills the next used entry. The driver sees none of a batch before [`PackedRing::show`]: it looks at entries in
     /// order, and the flags of the first are written then.
     #[inline]
     pub fn push_used(&mut self, taken: Taken, len: u32) {
@@ -247,14 +250,28 @@ impl PackedRing {
         self.unpublished
     }
 
-    /// Shows the driver what was used. True: it wants an interrupt for that.
+    /// Entries of the ring that were used since the last [`PackedRing::publish`].
     #[inline]
-    pub fn publish(&mut self) -> bool {
+    pub fn unannounced(&self) -> u16 {
+        self.unannounced.saturating_add(self.unpublished)
+    }
+
+    /// Shows a driver that polls what was used; [`PackedRing::publish`] follows in the same turn.
+    #[inline]
+    pub fn show(&mut self) {
         if let Some(flags) = self.first_flags.take() {
             self.flags_at(self.published.index).store(flags, Ordering::Release);
         }
-        let count = std::mem::take(&mut self.unpublished);
+        self.unannounced = self.unannounced();
+        self.unpublished = 0;
         self.published = self.used;
+    }
+
+    /// Shows the driver what was used. True: it wants an interrupt for what came since it was last asked.
+    #[inline]
+    pub fn publish(&mut self) -> bool {
+        self.show();
+        let count = std::mem::take(&mut self.unannounced);
         fence(Ordering::SeqCst);
         // SAFETY: `struct pvirtq_event_suppress` located in `new`: 4 bytes, aligned to 4, kept mapped.
         let event = unsafe { AtomicU32::from_ptr(self.driver.cast()) }.load(Ordering::Relaxed);

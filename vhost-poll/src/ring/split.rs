@@ -26,6 +26,8 @@ pub struct SplitRing {
     used_idx: u16,
     /// What the driver sees of it.
     published: u16,
+    /// For what of it the driver was asked whether it wants an interrupt.
+    announced: u16,
     /// Keeps what the pointers point to.
     memory: Memory,
 }
@@ -53,10 +55,11 @@ impl SplitRing {
             seen_avail: last_avail,
             used_idx: 0,
             published: 0,
+            announced: 0,
             memory,
         };
         ring.used_idx = ring.word(ring.used, IDX).load(Ordering::Acquire);
-        ring.published = ring.used_idx;
+        (ring.published, ring.announced) = (ring.used_idx, ring.used_idx);
         Ok(ring)
     }
 
@@ -147,7 +150,7 @@ impl SplitRing {
         Err(Broken::TooLong(self.config.size as usize))
     }
 
-    /// Fills the next entry of the used ring; the driver does not see it before [`SplitRing::publish`].
+    /// Fills the next entry of the used ring; the driver does not see it before [`SplitRing::show`].
     #[inline]
     pub fn push_used(&mut self, head: u16, len: u32) {
         let offset = RING + 8 * self.slot(self.used_idx);
@@ -166,12 +169,25 @@ impl SplitRing {
         self.used_idx.wrapping_sub(self.published)
     }
 
-    /// Shows the driver what was used. True: it wants an interrupt for that.
+    /// Number of used entries since the last [`SplitRing::publish`].
     #[inline]
-    pub fn publish(&mut self) -> bool {
-        let count = self.unpublished();
+    pub fn unannounced(&self) -> u16 {
+        self.used_idx.wrapping_sub(self.announced)
+    }
+
+    /// Shows a driver that polls what was used; [`SplitRing::publish`] follows in the same turn.
+    #[inline]
+    pub fn show(&mut self) {
         self.published = self.used_idx;
         self.word(self.used, IDX).store(self.used_idx, Ordering::Release);
+    }
+
+    /// Shows the driver what was used. True: it wants an interrupt for what came since it was last asked.
+    #[inline]
+    pub fn publish(&mut self) -> bool {
+        let count = self.unannounced();
+        self.announced = self.used_idx;
+        self.show();
         // The driver writes its wish, then looks at the index; here it is the other way round (virtio 2.7.10).
         fence(Ordering::SeqCst);
         if self.config.event_idx {
