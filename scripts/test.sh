@@ -43,15 +43,18 @@ loom() {
     RUSTFLAGS="--cfg loom" cargo test -p roce-proto --lib --release --target-dir build/loom keys
 }
 tree_is_clean() { git diff --exit-code HEAD --stat && [[ -z $(git status --porcelain) && ! -e target/debug && ! -e target/release ]]; }
+# Instructions per request on the hot paths, against a stored budget: no other load on the machine changes them.
+budget() { build/release/instruction-budget check; }
 docs() { RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps; }
 
-stage packages scripts/packages.sh
+stage packages scripts/packages.sh valgrind
 stage fmt cargo fmt --all --check
 stage clippy cargo clippy --workspace --all-targets -- -D warnings
 stage unit cargo test --workspace --no-fail-fast
 stage loom loom
 stage docs docs
 stage release cargo build --release --workspace --bins
+stage budget budget
 stage spdk-client scripts/test-spdk-client.sh build/release/rnbd-target
 stage native scripts/test-native.sh build/release
 stage nbd scripts/test-nbd.sh build/release

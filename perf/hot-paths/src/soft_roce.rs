@@ -1,0 +1,124 @@
+//! Packets of 4 KiB between two queue pairs on the loopback device, with turns taken by hand.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use iobuf::Region;
+use soft_roce::{Options, SoftRoce};
+use verbs::{
+    Access, Cm, CmEvent, CmId, ConnParams, Cq, Mr, Qp, QpCaps, RecvWr, SendOp, SendWr, SgeList, Wc, WcStatus,
+};
+
+use crate::{BATCH, Kind, LEN, Round};
+
+const CAPS: QpCaps = QpCaps { max_send_wr: 64, max_recv_wr: 64, max_send_sge: 1, max_recv_sge: 1 };
+const PARAMS: ConnParams = ConnParams { retry: 7, rnr_retry: 7, read_depth: 4 };
+const ACCESS: Access =
+    Access { local_write: true, remote_write: true, remote_read: true, window_bind: false };
+
+/// One side of the connection. Dropped in this order.
+struct End {
+    qp: Box<dyn Qp>,
+    cq: Box<dyn Cq>,
+    mr: Mr,
+    wcs: Vec<Wc>,
+    _cm: Box<dyn Cm>,
+}
+
+impl End {
+    fn new(mut cm: Box<dyn Cm>, id: CmId) -> Self {
+        let device = cm.device(id).expect("a device");
+        let memory: Arc<Region> = Region::new(BATCH * LEN).expect("memory");
+        let mr = device.clone().register(memory, ACCESS).expect("registered memory");
+        let cq = device.create_cq(256).expect("a completion queue");
+        let qp = cm.create_qp(id, &CAPS, &cq.handle()).expect("a queue pair");
+        Self { qp, cq, mr, wcs: vec![Wc::default(); 64], _cm: cm }
+    }
+
+    /// Takes a turn; returns how many completions came.
+    fn turn(&mut self) -> usize {
+        let n = self.cq.poll(&mut self.wcs).expect("a turn");
+        assert!(self.wcs[..n].iter().all(|wc| wc.status == WcStatus::Success), "{:?}", &self.wcs[..n]);
+        n
+    }
+}
+
+fn event(cm: &mut dyn Cm) -> CmEvent {
+    let end = Instant::now() + Duration::from_secs(20);
+    loop {
+        if let Some(event) = cm.poll().expect("connection management") {
+            return event;
+        }
+        assert!(Instant::now() < end, "no event of connection management within 20 s");
+        std::thread::yield_now();
+    }
+}
+
+fn pair() -> (End, End) {
+    let [.., a, b] = std::process::id().to_be_bytes();
+    let ip = |n| IpAddr::from([127, a | 0x80, b, n]);
+    let address = SocketAddr::new(ip(1), 7000);
+    let host = SoftRoce::new(Options::default()).expect("soft-roce");
+    let (mut server, mut client) = (host.cm().expect("a cm"), host.cm().expect("a cm"));
+    server.listen(address, 1).expect("a listener");
+    let id = client.resolve(Some(ip(2)), address, Duration::from_secs(5)).expect("an address");
+    let CmEvent::Resolved(_) = event(&mut *client) else { panic!("the address is not resolved") };
+    let mut client = End::new(client, id);
+    client._cm.connect(id, PARAMS, b"").expect("a connection");
+    let CmEvent::ConnectRequest { id: of_server, .. } = event(&mut *server) else { panic!("no request") };
+    let mut server = End::new(server, of_server);
+    server._cm.accept(of_server, PARAMS, b"").expect("an acceptance");
+    let CmEvent::Established { .. } = event(&mut *client._cm) else { panic!("not established") };
+    let CmEvent::Established { .. } = event(&mut *server._cm) else { panic!("not established") };
+    (client, server)
+}
+
+/// RDMA WRITEs with immediate data, [`BATCH`] in one chain.
+pub fn write_with_imm(_: Kind) -> Round {
+    let (mut from, mut to) = pair();
+    let remote = (to.mr.region().as_ptr() as u64, to.mr.rkey());
+    let wrs: Vec<SendWr> = (0..BATCH)
+        .map(|i| SendWr {
+            wr_id: i as u64,
+            op: SendOp::WriteImm { addr: remote.0 + (i * LEN) as u64, rkey: remote.1, imm: i as u32 },
+            sges: SgeList::one(from.mr.sge(i * LEN, LEN as u32).expect("inside")),
+            signaled: i + 1 == BATCH,
+        })
+        .collect();
+    let receives: Vec<RecvWr> =
+        (0..BATCH as u64).map(|wr_id| RecvWr { wr_id, sges: SgeList::EMPTY }).collect();
+    to.qp.post_recv(&receives).expect("room");
+    Box::new(move || {
+        let mut sent = send_side(&mut from, &wrs);
+        let (mut received, mut turns) = (0, 0);
+        while received < BATCH || sent < 1 {
+            received += receive_side(&mut to, &receives);
+            // Acknowledgements wait for company, 20 µs at most: now they are due. The sender's window may need them.
+            std::thread::sleep(Duration::from_micros(100));
+            received += receive_side(&mut to, &receives);
+            sent += send_side(&mut from, &[]);
+            turns += 1;
+            assert!(turns < 10_000, "packets are lost");
+        }
+    })
+}
+
+/// What is counted of the sender: posting, packets out, acknowledgements in.
+#[inline(never)]
+fn send_side(end: &mut End, wrs: &[SendWr]) -> usize {
+    if !wrs.is_empty() {
+        end.qp.post_send(wrs).expect("room");
+    }
+    end.turn()
+}
+
+/// What is counted of the receiver: packets in, receives posted anew, acknowledgements out.
+#[inline(never)]
+fn receive_side(end: &mut End, receives: &[RecvWr]) -> usize {
+    let n = end.turn();
+    if n > 0 {
+        end.qp.post_recv(&receives[..n]).expect("room");
+    }
+    n
+}
