@@ -221,8 +221,10 @@ impl Reactor {
             return;
         }
         let timeout = left.and_then(|d| Timespec::try_from(d).ok());
-        // epoll_wait(2) counts milliseconds, ppoll(2) nanoseconds, and epoll_pwait2(2) is not everywhere.
-        if let Some(short) = timeout.filter(|t| t.tv_sec == 0 && t.tv_nsec < 1_000_000) {
+        // epoll_wait(2) counts milliseconds, ppoll(2) nanoseconds, and epoll_pwait2(2) is not everywhere. Other deadlines
+        // than those of a short rest are better met together.
+        let short = timeout.filter(|t| t.tv_sec == 0 && t.tv_nsec < 1_000_000);
+        if let Some(short) = short.filter(|_| self.pollers.iter().any(|e| e.poller.rests())) {
             let mut set = [event::PollFd::new(&self.core.epoll, event::PollFlags::IN)];
             if matches!(event::poll(&mut set, Some(&short)), Ok(0) | Err(_)) {
                 return;
