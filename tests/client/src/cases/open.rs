@@ -117,9 +117,9 @@ pub(super) const CASES: &[Case] = &[
         }
         Ok(Outcome::Ok)
     }),
-    case("open_close_many", "three hundred times opened, used and closed", OK, |cx| {
+    case("open_close_many", "a hundred times opened, used and closed", OK, |cx| {
         let mut client = cx.connect()?;
-        for round in 0..300u64 {
+        for round in 0..100u64 {
             let device = client.open("m512", 1)?.device_id.get();
             expect("write", client.write(device, round, &[round as u8; 512], Flags::empty())?, Outcome::Ok)?;
             expect("close", client.close(device)?, Outcome::Ok)?;
