@@ -17,12 +17,11 @@ use crate::io::{Completion, Completions, Flags, IoRequest, Op, Rejected, Status}
 /// More than any stack of bdevs has: a volume on a crypto on a raid on a partition …, with two messages each.
 const LAYERS: usize = 32;
 /// Requests in flight on one channel; more get [`Status::Busy`].
-pub(super) const DEPTH: u32 = 1024;
+pub(super) const DEPTH: usize = 1024;
 /// Slots are made in pieces of this, so that they stay where they are.
-const PIECE: u32 = 64;
-/// Bounce buffers that are kept for the next, and the largest that is.
-const KEPT: usize = 16;
-const KEPT_LEN: usize = 1 << 20;
+const PIECE: usize = 64;
+/// Bytes of bounce buffers that are kept for the next requests: DPDK clears what it gets back.
+const KEPT: usize = 16 << 20;
 
 pub(super) struct SpdkChannel {
     inner: Rc<Inner>,
@@ -38,10 +37,11 @@ pub(super) struct Inner {
     channel: *mut sys::spdk_io_channel,
     block_size: u32,
     pieces: RefCell<Vec<Box<[Slot]>>>,
-    free: RefCell<Vec<u32>>,
+    /// The first free slot of a list, null if there is none.
+    free: Cell<*const Slot>,
     done: RefCell<Completions>,
     /// SPDK had no memory for them, nor a queue to wait in.
-    refused: RefCell<VecDeque<u32>>,
+    refused: RefCell<VecDeque<*const Slot>>,
     inflight: Cell<u32>,
     bounces: RefCell<Vec<Bounce>>,
     desc: Arc<Desc>,
@@ -67,7 +67,7 @@ impl SpdkChannel {
             channel,
             block_size,
             pieces: RefCell::default(),
-            free: RefCell::default(),
+            free: Cell::new(std::ptr::null()),
             done: RefCell::new(Vec::with_capacity(64)),
             refused: RefCell::default(),
             inflight: Cell::new(0),
@@ -89,44 +89,48 @@ impl SpdkChannel {
 
 impl Inner {
     /// Makes more slots; false at the limit.
+    #[cold]
     fn grow(&self) -> bool {
         let mut pieces = self.pieces.borrow_mut();
-        let first = pieces.len() as u32 * PIECE;
-        if first >= DEPTH {
+        if pieces.len() * PIECE >= DEPTH {
             return false;
         }
-        pieces.push((first..first + PIECE).map(|i| Slot::new(self, i)).collect());
-        self.free.borrow_mut().extend((first..first + PIECE).rev());
+        let piece: Box<[Slot]> = (0..PIECE).map(|_| Slot::new(self)).collect();
+        piece.iter().for_each(|slot| self.give_back(slot));
+        pieces.push(piece);
         true
     }
 
-    fn take_slot(&self) -> Option<u32> {
-        let free = self.free.borrow_mut().pop();
-        free.or_else(|| self.grow().then(|| self.free.borrow_mut().pop())?)
-    }
-
-    /// Runs `f` on slot `index`.
-    fn with<R>(&self, index: u32, f: impl FnOnce(&Slot) -> R) -> R {
-        let slot: *const Slot = &self.pieces.borrow()[(index / PIECE) as usize][(index % PIECE) as usize];
-        // SAFETY: slots are boxed and live as long as the channel; `f` may call back into here, so the list of boxes must
-        // not be borrowed meanwhile.
-        f(unsafe { &*slot })
-    }
-
-    /// `Ok(None)`: none is needed.
-    fn bounce_for(&self, request: &IoRequest) -> Result<Option<Bounce>, Status> {
-        if !request.op.has_data() || slot::fits(&request.segments, self.block_size) {
-            return Ok(None);
+    #[inline]
+    fn take_slot(&self) -> Option<&Slot> {
+        if self.free.get().is_null() && !self.grow() {
+            return None;
         }
+        // SAFETY: not null; slots are boxed, and live as long as this.
+        let slot = unsafe { &*self.free.get() };
+        self.free.set(slot.next.get());
+        Some(slot)
+    }
+
+    #[inline]
+    fn give_back(&self, slot: &Slot) {
+        slot.next.set(self.free.get());
+        self.free.set(slot);
+    }
+
+    /// `None`: there is no memory now.
+    #[cold]
+    fn bounce_for(&self, request: &IoRequest) -> Option<Bounce> {
         let len = request.segments.iter().map(|s| s.len as usize).sum();
         let mut kept = self.bounces.borrow_mut();
         if let Some(i) = kept.iter().position(|b| b.len() >= len) {
-            return Ok(Some(kept.swap_remove(i)));
+            return Some(kept.swap_remove(i));
         }
-        Bounce::new(len).map(Some).ok_or(Status::Busy)
+        Bounce::new(len)
     }
 
     /// Hands a slot's request to SPDK, now or when it has memory.
+    #[inline]
     pub(super) fn send(&self, slot: &Slot) {
         // SAFETY: descriptor and channel stay until the last request has completed (`drop` waits), on this thread.
         let rc = unsafe { slot.send(self.desc.as_ptr(), self.channel) };
@@ -134,7 +138,7 @@ impl Inner {
             0 => {}
             // SAFETY: as above.
             -12 if unsafe { slot.wait(self.desc.as_ptr(), self.channel) } => {}
-            -12 => self.refused.borrow_mut().push_back(slot.index()),
+            -12 => self.refused.borrow_mut().push_back(slot),
             rc => self.completed(slot, slot::refused(rc)),
         }
     }
@@ -144,12 +148,12 @@ impl Inner {
         debug_assert!(std::ptr::eq(slot.owner(), self));
         if let Some(bounce) = slot.empty(status) {
             let mut kept = self.bounces.borrow_mut();
-            if kept.len() < KEPT && bounce.len() <= KEPT_LEN {
+            if kept.iter().map(Bounce::len).sum::<usize>() + bounce.len() <= KEPT {
                 kept.push(bounce);
             }
         }
         self.done.borrow_mut().push(Completion { cookie: slot.cookie.get(), status });
-        self.free.borrow_mut().push(slot.index());
+        self.give_back(slot);
         self.inflight.set(self.inflight.get() - 1);
         self.local.request_ends();
     }
@@ -158,8 +162,9 @@ impl Inner {
         self.local.poll();
         // As many as were there: what is refused again waits for the next turn.
         for _ in 0..self.refused.borrow().len() {
-            let Some(index) = self.refused.borrow_mut().pop_front() else { break };
-            self.with(index, |slot| self.send(slot));
+            let Some(slot) = self.refused.borrow_mut().pop_front() else { break };
+            // SAFETY: a slot of this channel, which live as long.
+            self.send(unsafe { &*slot });
         }
     }
 }
@@ -174,19 +179,21 @@ impl Channel for SpdkChannel {
             inner.done.borrow_mut().push(Completion { cookie: request.cookie, status: Status::Ok });
             return Ok(());
         }
-        let bounce = match inner.bounce_for(&request) {
-            Ok(bounce) => bounce,
-            // Nothing that would come back is in flight: waiting helps nobody.
-            Err(_) if inner.inflight.get() == 0 => return Err(Rejected { request, status: Status::IoError }),
-            Err(status) => return Err(Rejected { request, status }),
-        };
-        let Some(index) = inner.take_slot() else { return Err(Rejected { request, status: Status::Busy }) };
+        let bounced = request.op.has_data() && !slot::fits(&request.segments, inner.block_size);
+        let bounce = if bounced { inner.bounce_for(&request) } else { None };
+        if bounced && bounce.is_none() {
+            // With nothing in flight waiting helps nobody.
+            let status = if inner.inflight.get() == 0 { Status::IoError } else { Status::Busy };
+            return Err(Rejected { request, status });
+        }
+        let Some(slot) = inner.take_slot() else { return Err(Rejected { request, status: Status::Busy }) };
         inner.inflight.set(inner.inflight.get() + 1);
         inner.local.request_begins();
-        inner.with(index, |slot| {
-            slot.fill(request, bounce);
-            inner.send(slot);
-        });
+        match bounce {
+            None => slot.fill(&request),
+            Some(bounce) => slot.fill_bounced(&request, bounce),
+        }
+        inner.send(slot);
         Ok(())
     }
 
@@ -199,7 +206,11 @@ impl Channel for SpdkChannel {
         }
         let mut ended = self.inner.done.borrow_mut();
         let any = !ended.is_empty();
-        done.append(&mut ended);
+        if done.is_empty() {
+            std::mem::swap(done, &mut ended);
+        } else {
+            done.append(&mut ended);
+        }
         any
     }
 

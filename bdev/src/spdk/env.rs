@@ -159,7 +159,7 @@ pub(super) fn init(options: &Options) -> Result<(), StartError> {
     if rc != 0 {
         return Err(StartError::step("spdk_env_init", rc));
     }
-    memory::set_hugepages(hugepages);
+    memory::set(hugepages, hugepages && !options.no_pci);
     Ok(())
 }
 

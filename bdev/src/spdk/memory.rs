@@ -8,8 +8,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use iobuf::{PAGE_SIZE, Provider};
 use spdk_sys as sys;
 
-/// SPDK was started with hugepages: devices may want to reach data by DMA.
+/// SPDK was started with hugepages.
 static HUGEPAGES: AtomicBool = AtomicBool::new(false);
+
+/// And with PCI devices, which reach nothing else.
+static DEVICES: AtomicBool = AtomicBool::new(false);
 
 /// Regions that came from SPDK and live.
 static LENT: AtomicUsize = AtomicUsize::new(0);
@@ -20,13 +23,16 @@ const VTOPHYS_ERROR: u64 = u64::MAX;
 /// Registered whole, both ends.
 const HUGE: usize = 2 << 20;
 
-pub(super) fn set_hugepages(on: bool) {
-    HUGEPAGES.store(on, Ordering::Release);
+/// SPDK was started with hugepages and PCI devices, or with either; both false when it has ended.
+pub(super) fn set(hugepages: bool, devices: bool) {
+    HUGEPAGES.store(hugepages, Ordering::Release);
+    DEVICES.store(devices, Ordering::Release);
 }
 
-/// Whether requests have to be in memory that devices can reach. Without hugepages there are none.
+/// Whether requests have to be in memory that devices can reach. Without PCI devices there are none, nor does SPDK know then
+/// what they could.
 pub(super) fn dma() -> bool {
-    HUGEPAGES.load(Ordering::Acquire)
+    DEVICES.load(Ordering::Relaxed)
 }
 
 /// Data memory of SPDK that is still in use, so that the environment must stay.
@@ -36,7 +42,8 @@ pub(super) fn lent() -> usize {
 
 /// For [`iobuf::Registry::set_provider`]; `None` without hugepages, when any memory is as good.
 pub fn provider() -> Option<Arc<dyn Provider>> {
-    dma().then(|| Arc::new(Hugepages) as Arc<dyn Provider>)
+    let hugepages = HUGEPAGES.load(Ordering::Acquire);
+    hugepages.then(|| Arc::new(Hugepages) as Arc<dyn Provider>)
 }
 
 /// DPDK's heap.

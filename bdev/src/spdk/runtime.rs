@@ -221,7 +221,7 @@ impl Runtime {
             }
             env::finish();
         }
-        memory::set_hugepages(false);
+        memory::set(false, false);
         true
     }
 }

@@ -17,21 +17,30 @@ const MAX_SEGMENTS: usize = 64;
 /// Its address is known to SPDK while a request is in it, and does not change.
 pub(super) struct Slot {
     owner: *const Inner,
-    index: u32,
+    /// The next free one.
+    pub(super) next: Cell<*const Slot>,
     pub(super) cookie: Cell<u64>,
-    pub(super) op: Cell<Op>,
     lba: Cell<u64>,
     blocks: Cell<u64>,
-    /// What SPDK reads and writes.
-    iovs: UnsafeCell<SmallVec<[sys::iovec; 4]>>,
-    /// Where the data belong if they went through a bounce buffer.
-    segments: UnsafeCell<SmallVec<[Segment; 4]>>,
-    pub(super) bounce: Cell<Option<Bounce>>,
-    wait: UnsafeCell<sys::spdk_bdev_io_wait_entry>,
+    /// The data if they are in one piece; else null, and `iovs` has them.
+    buffer: Cell<*mut c_void>,
+    pub(super) op: Cell<Op>,
+    bounced: Cell<bool>,
+    rare: UnsafeCell<Rare>,
+}
+
+/// What most requests do not have.
+struct Rare {
+    iovs: SmallVec<[sys::iovec; 4]>,
+    /// Where the data belong that go through `bounce`.
+    segments: SmallVec<[Segment; 4]>,
+    bounce: Option<Bounce>,
+    wait: sys::spdk_bdev_io_wait_entry,
 }
 
 /// Whether SPDK can use the segments as they are: blocks are whole in each (drivers split lists between segments), and
 /// devices can reach them.
+#[inline]
 pub(super) fn fits(segments: &[Segment], block_size: u32) -> bool {
     let whole = segments.len() == 1 || segments.iter().all(|s| s.len & (block_size - 1) == 0);
     whole
@@ -40,19 +49,24 @@ pub(super) fn fits(segments: &[Segment], block_size: u32) -> bool {
 }
 
 impl Slot {
-    pub(super) fn new(owner: *const Inner, index: u32) -> Self {
+    pub(super) fn new(owner: *const Inner) -> Self {
+        let rare = Rare {
+            iovs: SmallVec::new(),
+            segments: SmallVec::new(),
+            bounce: None,
+            // SAFETY: plain C data, for which zeroes are valid.
+            wait: unsafe { std::mem::zeroed() },
+        };
         Self {
             owner,
-            index,
+            next: Cell::new(std::ptr::null()),
             cookie: Cell::new(0),
-            op: Cell::new(Op::Flush),
             lba: Cell::new(0),
             blocks: Cell::new(0),
-            iovs: UnsafeCell::default(),
-            segments: UnsafeCell::default(),
-            bounce: Cell::new(None),
-            // SAFETY: plain C data, for which zeroes are valid.
-            wait: UnsafeCell::new(unsafe { std::mem::zeroed() }),
+            buffer: Cell::new(std::ptr::null_mut()),
+            op: Cell::new(Op::Flush),
+            bounced: Cell::new(false),
+            rare: UnsafeCell::new(rare),
         }
     }
 
@@ -61,59 +75,92 @@ impl Slot {
         self.owner
     }
 
-    pub(super) fn index(&self) -> u32 {
-        self.index
-    }
-
-    /// Puts a request in. `bounce` holds all of its data, if it is there.
-    pub(super) fn fill(&self, request: IoRequest, bounce: Option<Bounce>) {
+    /// Puts a request in whose data SPDK can use as they are.
+    #[inline]
+    pub(super) fn fill(&self, request: &IoRequest) {
         self.cookie.set(request.cookie);
         self.op.set(request.op);
         self.lba.set(request.lba);
         self.blocks.set(request.blocks);
-        // SAFETY: the slot is free: SPDK does not know it, and no other reference to its lists exists.
-        let (iovs, segments) = unsafe { (&mut *self.iovs.get(), &mut *self.segments.get()) };
-        iovs.clear();
-        segments.clear();
-        match bounce {
-            None => iovs.extend(
-                request
-                    .segments
-                    .iter()
-                    .map(|s| sys::iovec { iov_base: s.as_ptr().cast(), iov_len: s.len as _ }),
-            ),
-            Some(bounce) => {
-                let total: usize = request.segments.iter().map(|s| s.len as usize).sum();
-                *segments = request.segments;
-                if request.op == Op::Write {
-                    copy(&bounce, segments, Direction::In);
-                }
-                iovs.push(sys::iovec { iov_base: bounce.as_ptr().cast(), iov_len: total as _ });
-                self.bounce.set(Some(bounce));
-            }
+        match request.segments.as_slice() {
+            [one] => self.buffer.set(one.as_ptr().cast()),
+            list => self.fill_list(list),
         }
+    }
+
+    #[cold]
+    fn fill_list(&self, list: &[Segment]) {
+        self.buffer.set(std::ptr::null_mut());
+        // SAFETY: the slot is free: SPDK does not know it, and no other reference to what is rare exists.
+        let iovs = unsafe { &mut (*self.rare.get()).iovs };
+        iovs.clear();
+        iovs.extend(list.iter().map(|s| sys::iovec { iov_base: s.as_ptr().cast(), iov_len: s.len as _ }));
+    }
+
+    /// Puts a request in whose data go through `bounce`, which has room for them.
+    #[cold]
+    pub(super) fn fill_bounced(&self, request: &IoRequest, bounce: Bounce) {
+        self.fill(request);
+        if request.op == Op::Write {
+            copy(&bounce, &request.segments, Direction::In);
+        }
+        self.buffer.set(bounce.as_ptr().cast());
+        self.bounced.set(true);
+        // SAFETY: as in `fill_list`.
+        let rare = unsafe { &mut *self.rare.get() };
+        rare.segments = request.segments.clone();
+        rare.bounce = Some(bounce);
     }
 
     /// Hands the request to SPDK, whose answer is a negative errno if it did not take it.
     ///
     /// # Safety
     /// `desc` is open, and `channel` one of it of the calling thread, until the request has completed.
+    #[inline]
     pub(super) unsafe fn send(
         &self,
         desc: *mut sys::spdk_bdev_desc,
         channel: *mut sys::spdk_io_channel,
     ) -> c_int {
         let (done, this) = (Some(done as _), std::ptr::from_ref(self).cast_mut().cast());
-        let (lba, blocks) = (self.lba.get(), self.blocks.get());
+        let (lba, blocks, buffer) = (self.lba.get(), self.blocks.get(), self.buffer.get());
         // SAFETY: descriptor and channel by the caller's promise; lists and data stay as they are until `done`, which SPDK
         // calls once if it returns 0 here, on this thread.
         unsafe {
-            let iovs = &mut *self.iovs.get();
-            let (list, count) = (iovs.as_mut_ptr(), iovs.len() as c_int);
             match self.op.get() {
-                Op::Read => sys::spdk_bdev_readv_blocks(desc, channel, list, count, lba, blocks, done, this),
+                Op::Read if !buffer.is_null() => {
+                    sys::spdk_bdev_read_blocks(desc, channel, buffer, lba, blocks, done, this)
+                }
+                Op::Write if !buffer.is_null() => {
+                    sys::spdk_bdev_write_blocks(desc, channel, buffer, lba, blocks, done, this)
+                }
+                Op::Read => {
+                    let iovs = &mut (*self.rare.get()).iovs;
+                    let count = iovs.len() as c_int;
+                    sys::spdk_bdev_readv_blocks(
+                        desc,
+                        channel,
+                        iovs.as_mut_ptr(),
+                        count,
+                        lba,
+                        blocks,
+                        done,
+                        this,
+                    )
+                }
                 Op::Write => {
-                    sys::spdk_bdev_writev_blocks(desc, channel, list, count, lba, blocks, done, this)
+                    let iovs = &mut (*self.rare.get()).iovs;
+                    let count = iovs.len() as c_int;
+                    sys::spdk_bdev_writev_blocks(
+                        desc,
+                        channel,
+                        iovs.as_mut_ptr(),
+                        count,
+                        lba,
+                        blocks,
+                        done,
+                        this,
+                    )
                 }
                 Op::Discard => sys::spdk_bdev_unmap_blocks(desc, channel, lba, blocks, done, this),
                 Op::WriteZeroes => sys::spdk_bdev_write_zeroes_blocks(desc, channel, lba, blocks, done, this),
@@ -139,7 +186,7 @@ impl Slot {
         // SAFETY: the entry is not in SPDK's list (the slot's request is neither there nor sent), and stays until it is
         // called; the rest by the caller's promise.
         unsafe {
-            let entry = self.wait.get();
+            let entry = &raw mut (*self.rare.get()).wait;
             (*entry).bdev = sys::spdk_bdev_desc_get_bdev(desc);
             (*entry).cb_fn = Some(again);
             (*entry).cb_arg = std::ptr::from_ref(self).cast_mut().cast();
@@ -148,11 +195,17 @@ impl Slot {
     }
 
     /// The request is over: data that were read go where they belong, the bounce buffer comes out.
+    #[inline]
     pub(super) fn empty(&self, status: Status) -> Option<Bounce> {
-        let bounce = self.bounce.take()?;
+        if !self.bounced.get() {
+            return None;
+        }
+        self.bounced.set(false);
+        // SAFETY: SPDK is done with the slot, and no other reference to what is rare exists.
+        let rare = unsafe { &mut *self.rare.get() };
+        let bounce = rare.bounce.take()?;
         if self.op.get() == Op::Read && status == Status::Ok {
-            // SAFETY: SPDK is done with the slot, and no other reference to its lists exists.
-            copy(&bounce, unsafe { &*self.segments.get() }, Direction::Out);
+            copy(&bounce, &rare.segments, Direction::Out);
         }
         Some(bounce)
     }

@@ -359,12 +359,14 @@ pub struct TempFile {
 }
 
 impl TempFile {
-    /// `bytes` long, all holes, in Cargo's directory for test files (on a disk, so that direct I/O works).
+    /// `bytes` long, all holes, in Cargo's directory for test files (on a disk, so that direct I/O works), or in that of
+    /// `TEST_FILES` for those who run the test programs elsewhere.
     pub fn new(bytes: u64) -> Self {
         use std::sync::atomic::{AtomicU32, Ordering};
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
-        let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+        let dir = std::env::var_os("TEST_FILES").unwrap_or(env!("CARGO_TARGET_TMPDIR").into());
+        let dir = PathBuf::from(dir);
         let path = dir.join(format!("bdev-{}-{n}.img", std::process::id()));
         std::fs::File::create(&path).unwrap().set_len(bytes).unwrap();
         Self { path }

@@ -36,6 +36,12 @@ struct Running {
     manager: Arc<Manager>,
     reactors: Vec<Handle>,
     phase: Phase,
+    /// SPDK's bdevs that are not offered yet.
+    found: Vec<String>,
+    /// The call that waits until SPDK's modules have looked at them, which they claim them for.
+    examination: Option<u64>,
+    /// Answers that wait for that: what they tell of can be used when they come.
+    held: Vec<(u64, Answer)>,
     /// SPDK's bdevs that could not be offered since the last answers, in words.
     not_offered: Vec<String>,
 }
@@ -80,8 +86,17 @@ pub(super) fn start(app: &App) -> Result<(), RpcError> {
     }
     let calls = Calls::new(spdk::Port::open()?);
     let (manager, reactors) = (app.manager.clone(), app.reactors.clone());
-    let not_offered = Vec::new();
-    state.running = Some(Running { calls, runtime, manager, reactors, phase: Phase::Up, not_offered });
+    state.running = Some(Running {
+        calls,
+        runtime,
+        manager,
+        reactors,
+        phase: Phase::Up,
+        found: Vec::new(),
+        examination: None,
+        held: Vec::new(),
+        not_offered: Vec::new(),
+    });
     // Handlers have no turn of the control thread; the next one has.
     app.later(move |app, cx| {
         if let Some(state) = app.state::<State>() {
@@ -117,16 +132,20 @@ impl State {
         }
         if let Some(running) = &mut self.running {
             running.runtime.init().map_err(|e| RpcError::internal(e.to_string()))?;
-            running.look();
         }
         if let Some(config) = &config {
             config::load(self, config, false)?;
         }
-        // What examinations found meanwhile.
+        // Whatever the initialisation found, and what was found on that.
         if self.is_running() {
             self.call("bdev_wait_for_examine", None)?;
         }
-        Ok(())
+        match &mut self.running {
+            Some(running) if !running.not_offered.is_empty() => {
+                Err(RpcError::errno(17, std::mem::take(&mut running.not_offered).join("; ")))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Calls a method and waits for its answer. SPDK goes on meanwhile, this program's control thread does not.
@@ -173,13 +192,12 @@ impl State {
             }
             Phase::Finishing(_) | Phase::Leaving(..) => return true,
         }
-        !running.calls.is_empty()
+        !running.calls.is_empty() || running.examination.is_some()
     }
 
     pub(super) fn begin_shutdown(&mut self, done: ShutdownDone) {
         // Without SPDK `done` is dropped: it has ended.
         let Some(running) = &mut self.running else { return };
-        running.look();
         for bdev in running.manager.list() {
             let any: &dyn std::any::Any = &*bdev.bdev;
             if any.is::<SpdkBdev>() {
@@ -219,33 +237,50 @@ impl Running {
     fn turn(&mut self) -> Vec<(u64, Answer)> {
         // First: what was dropped before a call is closed before it.
         self.runtime.poll();
-        let mut answers = self.calls.turn();
-        self.look();
-        if !answers.is_empty() {
-            let problems = std::mem::take(&mut self.not_offered);
-            if let (false, Some((_, answer))) =
-                (problems.is_empty(), answers.iter_mut().find(|(_, a)| a.is_ok()))
-            {
-                *answer = Err(RpcError::errno(17, problems.join("; ")));
+        self.held.extend(self.calls.turn());
+        self.runtime.poll();
+        while let Some(change) = self.runtime.next_change() {
+            // Removal comes as an event of the bdev.
+            if let Change::Registered(name) = change {
+                self.found.push(name);
             }
+        }
+        if !matches!(self.phase, Phase::Up) {
+            return std::mem::take(&mut self.held);
+        }
+        let examined = self.held.iter().position(|(id, _)| Some(*id) == self.examination);
+        if let Some(i) = examined {
+            self.held.remove(i);
+            self.examination = None;
+        }
+        if self.examination.is_none() && !self.found.is_empty() {
+            if examined.is_some() {
+                // More may have been found on them, which is examined next.
+                std::mem::take(&mut self.found).iter().for_each(|name| self.offer(name));
+            } else {
+                self.examination = Some(self.calls.send("bdev_wait_for_examine", None));
+            }
+        }
+        if self.examination.is_some() || self.held.is_empty() {
+            return Vec::new();
+        }
+        let mut answers = std::mem::take(&mut self.held);
+        if let Some((_, answer)) = answers.iter_mut().find(|(_, a)| a.is_ok())
+            && !self.not_offered.is_empty()
+        {
+            *answer = Err(RpcError::errno(17, std::mem::take(&mut self.not_offered).join("; ")));
         }
         answers
     }
 
-    /// Offers SPDK's new bdevs to this program.
-    fn look(&mut self) {
-        self.runtime.poll();
-        while let Some(change) = self.runtime.next_change() {
-            // Removal comes as an event of the bdev.
-            let Change::Registered(name) = change else { continue };
-            match spdk::offer(&self.manager, &name) {
-                Ok(_) | Err(bdev::Error::NotFound { .. }) => {}
-                Err(e) => {
-                    let text =
-                        format!("SPDK made its bdev {name}, which is not offered by this program: {e}");
-                    tracing::error!("{text}");
-                    self.not_offered.push(text);
-                }
+    /// Offers a bdev of SPDK to this program.
+    fn offer(&mut self, name: &str) {
+        match spdk::offer(&self.manager, name) {
+            Ok(_) | Err(bdev::Error::NotFound { .. }) => {}
+            Err(e) => {
+                let text = format!("SPDK made its bdev {name}, which is not offered by this program: {e}");
+                tracing::error!("{text}");
+                self.not_offered.push(text);
             }
         }
     }
