@@ -59,6 +59,8 @@ stage spdk-client scripts/test-spdk-client.sh build/release/rnbd-target
 stage native scripts/test-native.sh build/release
 stage nbd scripts/test-nbd.sh build/release
 stage nbd-client scripts/test-nbd-client.sh build/release
+# Without SPDK it says SKIPPED.
+stage spdk scripts/test-spdk.sh build/release
 stage perf scripts/test-perf.sh build/release
 if [[ ${1:-} != --quick ]]; then
   stage fuzz fuzz/run.sh 10

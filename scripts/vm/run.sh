@@ -177,6 +177,12 @@ if grep -q '^# qemu: vhost' "$script"; then
     -qmp "unix:$job/qmp.sock,server=on,wait=off")
 fi
 
+# "# qemu: nvme": an NVMe drive of 256 MiB, that no driver of the guest has taken.
+if grep -q '^# qemu: nvme' "$script"; then
+  truncate -s 256M "$job/nvme.img"
+  qemu+=(-drive "file=$job/nvme.img,if=none,id=nvme0,format=raw,discard=unmap" -device "nvme,serial=nvme0,drive=nvme0")
+fi
+
 started=$SECONDS verdict=''
 if [[ -n $shell ]]; then
   # In the foreground, so that it owns the terminal; cleanup() has nothing to kill.

@@ -250,7 +250,9 @@ impl Running {
         }
         let examined = self.held.iter().position(|(id, _)| Some(*id) == self.examination);
         if let Some(i) = examined {
-            self.held.remove(i);
+            if let (_, Err(error)) = self.held.remove(i) {
+                tracing::warn!(%error, "SPDK's modules did not look at new bdevs");
+            }
             self.examination = None;
         }
         if self.examination.is_none() && !self.found.is_empty() {
