@@ -4,6 +4,7 @@
 # ci: 6.12
 # more: 6.1
 source "$VM_DIR/lib.sh"
+# SERVERS (run.sh -o): only these.
 for tool in nbdkit nbd-server; do
   command -v $tool >/dev/null || die "$tool is missing: apt-get install nbdkit nbd-server"
 done
@@ -37,7 +38,8 @@ start_server() {
   SERVER=$1
   case $1 in
     nbdkit) nbdkit -i 127.0.0.1 -p 10809 -P /run/server.pid file /scratch/disk.img ;;
-    nbd-server) nbd-server -C /run/nbd-server.conf -p /run/server.pid ;;
+    # For each client it closes every descriptor that it might have, which emulated CPUs do for seconds.
+    nbd-server) (ulimit -n 256 && nbd-server -C /run/nbd-server.conf -p /run/server.pid) ;;
     target) start_target /run/target.json && return ;;
   esac
   wait_for 30 test -s /run/server.pid || die "$1 did not come up"
@@ -114,7 +116,7 @@ survive() {
   check "no error reached fio, every block is right" stop_load
 }
 
-for server in nbdkit nbd-server target; do
+for server in ${SERVERS:-nbdkit nbd-server target}; do
   start_server $server
   for export in nbd ublk; do
     need_export $export || { say "no $export in this kernel"; continue; }
