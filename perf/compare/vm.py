@@ -17,7 +17,7 @@ def compare(ctx):
     # Four configurations of three rows, and as long again for setting up.
     limit = 120 + args.rounds * len(CONFIGS) * (3 * (seconds + 2) + 20)
     command = [str(ROOT / "scripts/vm/run.sh"), "-t", str(limit), "-o", f"ROUNDS={args.rounds}", "-o", f"SECONDS_PER_ROW={seconds}",
-               "-o", f"CONFIGS={' '.join(CONFIGS)}", "target-perf"]
+               "-o", f"CONFIGS={' '.join(CONFIGS)}", "-o", f"BIN_DIR={args.bin}", "target-perf"]
     done = subprocess.run(command, stdout=sys.stderr)
     if done.returncode == 77:
         say("left out: vm: the scenario could not be run, see above")

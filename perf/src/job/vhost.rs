@@ -73,7 +73,11 @@ impl VhostQueue {
             ..Options::default()
         };
         let queue_size = usize::from(options.queue_size);
-        let mut disk = Disk::connect(&target.socket, options).map_err(|e| e.to_string())?;
+        // Event indices save kicks, but not every back end has them.
+        let plain = Options { event_idx: false, ..options.clone() };
+        let connected = Disk::connect(&target.socket, options)
+            .or_else(|first| Disk::connect(&target.socket, plain).map_err(|_| first));
+        let mut disk = connected.map_err(|e| e.to_string())?;
         let sectors = disk.sectors().map_err(|e| e.to_string())?;
         let queues = usize::from(target.queues);
         let mut table = vec![vec![0; queue_size]; queues];

@@ -467,6 +467,10 @@ impl Spares {
     }
 }
 
+/// Of one turn of the reactor, as long as the device has something at once: with one request in flight on a device that
+/// is done before it is asked, the reactor's own turn would be most of what is measured.
+const ROUNDS: usize = 8;
+
 /// A worker on its reactor. Once it is done, an empty shell.
 pub(super) struct Runner<Q> {
     worker: Option<Worker<Q>>,
@@ -503,10 +507,17 @@ impl<Q: Queue> Runner<Q> {
 
 impl<Q: Queue> Poller for Runner<Q> {
     fn poll(&mut self, cx: &mut Turn<'_>) -> Polled {
-        let Some(worker) = &mut self.worker else { return Polled::Idle };
-        let busy = worker.turn(cx, &self.say);
-        if worker.is_over() {
-            self.finish(cx);
+        let mut busy = false;
+        for _ in 0..ROUNDS {
+            let Some(worker) = &mut self.worker else { break };
+            let found = worker.turn(cx, &self.say);
+            let more = found && worker.queue.ready();
+            busy |= found;
+            if worker.is_over() {
+                self.finish(cx);
+            } else if !more {
+                break;
+            }
         }
         busy.into()
     }

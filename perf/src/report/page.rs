@@ -111,8 +111,8 @@ fn machines(out: &mut String, runs: &[RunResult]) {
 fn compare(out: &mut String, data: &Data<'_>) {
     put!(
         out,
-        "<p>Each label against <b>{}</b>, by medians. <span class=\"better\">Better</span> and <span class=\"worse\">worse\
-         </span> mean that the ranges of all runs do not overlap; where they do, the difference may be chance.</p>",
+        "<p>Each label against <b>{}</b> (or the first of its case), by medians. <span class=\"better\">Better\
+         </span> and <span class=\"worse\">worse</span> mean that the ranges of all runs do not overlap; where they do, the difference may be chance.</p>",
         Esc(data.labels[0])
     );
     put!(
@@ -121,14 +121,16 @@ fn compare(out: &mut String, data: &Data<'_>) {
     );
     put!(out, "<th>p99</th><th>ratio</th><th>CPU/request</th><th>ratio</th></tr>");
     for case in &data.cases {
-        let base = &case.groups[0];
-        let mut name = Some(case.name);
+        let mut base = None;
         for (label, group) in case.groups.iter().enumerate().filter(|(_, g)| !g.runs.is_empty()) {
-            put!(out, "<tr><td>{}</td>", Esc(name.take().unwrap_or_default()));
+            let first = base.is_none();
+            let base = *base.get_or_insert(group);
+            let (class, name) = if first { (" class=\"first\"", case.name) } else { ("", "") };
+            put!(out, "<tr{class}><td>{}</td>", Esc(name));
             put!(out, "<td class=\"text\">{}{}</td>", swatch(label), Esc(data.labels[label]));
             for metric in [Metric::Iops, Metric::P99, Metric::CpuPerIo] {
                 put!(out, "<td>{}</td>", cell(group, metric));
-                put!(out, "<td>{}</td>", if label == 0 { String::new() } else { ratio(group, base, metric) });
+                put!(out, "<td>{}</td>", if first { String::new() } else { ratio(group, base, metric) });
             }
             put!(out, "</tr>");
         }
@@ -138,6 +140,8 @@ fn compare(out: &mut String, data: &Data<'_>) {
 
 fn show(metric: Metric, value: f64) -> String {
     match metric {
+        // Not told by whoever measured.
+        _ if value == 0.0 => "–".into(),
         Metric::Iops => style::count(value),
         Metric::Bandwidth => style::bandwidth(value),
         Metric::P50 | Metric::P99 | Metric::P999 | Metric::CpuPerIo => style::time(value),

@@ -23,7 +23,12 @@ const EXPORTS: [&str; 5] = ["rnbd", "nbd", "nbd_server", "ublk", "vhost_blk"];
 
 /// What brings bdevs besides the engine itself.
 fn subsystems() -> Vec<Box<dyn Subsystem>> {
-    vec![Box::new(BdevRnbd::default()), Box::new(BdevNbd::default())]
+    vec![
+        #[cfg(feature = "spdk")]
+        Box::new(engine::spdk::Spdk::default()),
+        Box::new(BdevRnbd::default()),
+        Box::new(BdevNbd::default()),
+    ]
 }
 
 /// A run as the command line describes it.
