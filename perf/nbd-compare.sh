@@ -3,14 +3,18 @@
 # random data in memory. Servers take turns, in the other order every second round. Prints a table with medians, minima
 # and maxima; figures of a machine that does other things are worth nothing.
 # "rnbd" polls as it does by default, for 1 ms after the last work, which counts as its CPU; "rnbd-sleep" sleeps at once.
-# Usage: perf/nbd-compare.sh [-n ROUNDS] [-t SECONDS_PER_ROW] [-s "SERVER…"] [-r "ROW…"] [BIN_DIR]
+# -f gives servers and fio real-time priority (root), so that other work of the machine disturbs them less.
+# -p has rnbd-perf put the load, with bdev_nbd, in place of fio, which is slower than the servers.
+# Usage: perf/nbd-compare.sh [-fp] [-n ROUNDS] [-t SECONDS_PER_ROW] [-s "SERVER…"] [-r "ROW…"] [BIN_DIR]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-rounds=5 seconds=3 servers="rnbd rnbd-sleep nbdkit qemu-nbd nbd-server" rows=""
-while getopts n:t:s:r: option; do
+rounds=5 seconds=3 servers="rnbd rnbd-sleep nbdkit qemu-nbd nbd-server" rows="" real=() load=fio
+while getopts fpn:t:s:r: option; do
   case $option in
+    f) real=(chrt -f 10) ;;
+    p) load=rnbd-perf ;;
     n) rounds=$OPTARG ;; t) seconds=$OPTARG ;; s) servers=$OPTARG ;; r) rows=$OPTARG ;;
-    *) sed -n '2,6s/^# //p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,8s/^# //p' "$0" >&2; exit 2 ;;
   esac
 done
 shift $((OPTIND - 1))
@@ -34,7 +38,7 @@ free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1
 serve() { # NAME COMMAND...: on core 1, its number in NAME.pid
   local name=$1
   shift
-  taskset -c 1 "$@" >"$dir/$name.log" 2>&1 &
+  "${real[@]}" taskset -c 1 "$@" >"$dir/$name.log" 2>&1 &
   pids+=($!)
   echo $! >"$dir/$name.pid"
 }
@@ -66,7 +70,7 @@ JSON
       # It goes to the background by itself: in the foreground it serves one client, and not well. A port of its own, or
       # it would want 10809 on every address.
       sed -i "1a port = $(free_port)\nlistenaddr = 127.0.0.1" "$dir/nbd-server.conf"
-      taskset -c 1 nbd-server -C "$dir/nbd-server.conf" -p "$dir/nbd-server.pid"
+      "${real[@]}" taskset -c 1 nbd-server -C "$dir/nbd-server.conf" -p "$dir/nbd-server.pid"
       for ((i = 0; i < 100; i++)); do [[ -s $dir/nbd-server.pid ]] && break; sleep 0.1; done
       pids+=("$(<"$dir/nbd-server.pid")") ;;
     *) echo "no server named $1: rnbd, rnbd-sleep, nbdkit, qemu-nbd, nbd-server" >&2; exit 2 ;;
@@ -90,9 +94,10 @@ for server in $servers; do
 done
 rm "$dir/random.img"
 exec 3>&1
-python3 - "$dir" "$rounds" "$seconds" "$servers" "$rows" <<'PY'
+python3 - "$dir" "$rounds" "$seconds" "$servers" "$rows" "${real[*]}" "$load" "$bin" <<'PY'
 import json, os, statistics, subprocess, sys
 folder, rounds, seconds, servers, wanted = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4].split(), sys.argv[5]
+real, load, binaries = sys.argv[6].split(), sys.argv[7], sys.argv[8]
 ROWS = [(f"{bs} {rw} QD{depth}", rw, bs, depth) for rw, bs, depth in (
     ("randread", "4k", 1), ("randread", "4k", 32), ("read", "128k", 8),
     ("randwrite", "4k", 1), ("randwrite", "4k", 32), ("write", "128k", 8))]
@@ -133,8 +138,16 @@ def measure(server, rw, bs, depth):
     with open(f"{folder}/{server}.uri") as f:
         uri = f.read().strip()
     before = cpu(pid)
+    if load == "rnbd-perf":
+        out = subprocess.run(
+            [*real, "taskset", "-c", "0", f"{binaries}/rnbd-perf", "-T", uri, "-w", rw, "-o", bs, "-q", str(depth), "-t", seconds,
+             "--warm-up", "0", "-m", "0x1", "--quiet", "--json", "-"], check=True, capture_output=True, text=True).stdout
+        used = cpu(pid) - before
+        job = json.loads(out[out.index("{"):])
+        lat = job["latency_us"]
+        return {"iops": job["iops"], "p50": lat["p50"], "p99": lat["p99"], "cpu": used * 1e6 / max(job["ios"], 1)}
     out = subprocess.run(
-        ["taskset", "-c", "0", "fio", "--name=row", "--ioengine=nbd", f"--uri={uri}", f"--rw={rw}", f"--bs={bs}",
+        [*real, "taskset", "-c", "0", "fio", "--name=row", "--ioengine=nbd", f"--uri={uri}", f"--rw={rw}", f"--bs={bs}",
          f"--iodepth={depth}", "--size=256M", "--time_based", f"--runtime={seconds}", "--randrepeat=0",
          "--norandommap", "--output-format=json"], check=True, capture_output=True, text=True).stdout
     used = cpu(pid) - before
