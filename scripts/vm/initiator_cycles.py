@@ -2,7 +2,7 @@
 """Maps, exports, uses, stops and unmaps a remote disk again and again: initiator_cycles.py CONFIG
 
 CONFIG (JSON): initiator, target: RPC sockets; pid: the initiator's; map: parameters of bdev_rnbd_map; exports: names out of
-nbd, ublk, vhost; cycles; vhost_load: path of the program. Prints a line per export, and exits 1 if a cycle failed, or
+nbd, ublk, vhost; cycles; rnbd_perf: path of the program. Prints a line per export, and exits 1 if a cycle failed, or
 if descriptors, sessions, devices or memory are left behind. One process, as starting Python takes an emulated CPU a second.
 """
 import json
@@ -63,9 +63,10 @@ class Cycles:
 
     def vhost(self):
         self.rpc("vhost_create_blk_controller", {"ctrlr": SOCKET, "dev_name": "Remote0"})
-        load = subprocess.run([self.config["vhost_load"], SOCKET, "--time", "0.1", "--core", "0"], capture_output=True, text=True)
+        command = [self.config["rnbd_perf"], "-T", f"vhost:{SOCKET}", "-t", "0.1", "--warm-up", "0.05", "--quiet"]
+        load = subprocess.run(command, capture_output=True, text=True)
         if load.returncode != 0:
-            raise Failure(f"vhost-load: {load.stderr or load.stdout}")
+            raise Failure(f"rnbd-perf: {load.stderr or load.stdout}")
         self.rpc("vhost_delete_controller", {"ctrlr": SOCKET})
         if os.path.exists(SOCKET):
             raise Failure(f"{SOCKET} is left")

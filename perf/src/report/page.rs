@@ -161,7 +161,7 @@ fn cell(group: &Group<'_>, metric: Metric) -> String {
 
 fn ratio(group: &Group<'_>, base: &Group<'_>, metric: Metric) -> String {
     let (Some(b), Some(a)) = (group.spread(metric), base.spread(metric)) else { return String::new() };
-    if a.median <= 0.0 {
+    if a.median <= 0.0 || b.median <= 0.0 {
         return String::new();
     }
     let ratio = format!("{:.2}", b.median / a.median);
@@ -207,31 +207,39 @@ fn busy(group: &Group<'_>) -> String {
     all.join(" ")
 }
 
+/// Every run, with its command, or with what went wrong, below it.
 fn run_table(out: &mut String, runs: &[RunResult]) {
     put!(
         out,
         "<div class=\"scroll\"><table><tr><th>label</th><th class=\"text\">case</th><th>IOPS</th><th>p99</th>"
     );
-    put!(out, "<th>load average</th><th class=\"text\">started</th><th class=\"text\">sources</th>");
-    put!(out, "<th class=\"text\">command, or what went wrong</th></tr>");
+    put!(out, "<th>load average</th><th>started</th><th>sources</th></tr>");
     for run in runs {
-        let bad = run.complaint();
-        let what = bad.clone().unwrap_or_else(|| style::cut(&run.command.join(" "), 400));
         let plus = if run.git.dirty { "+" } else { "" };
+        let p99 = show(Metric::P99, run.totals.latency_us.p99);
         put!(
             out,
-            "<tr{}><td>{}</td><td class=\"text\">{}</td><td>{}</td><td>{}</td><td>{:.1}</td><td class=\"text\">{}</td>\
-             <td class=\"text\">{}{plus}</td><td class=\"text\"><code>{}</code></td></tr>",
-            if bad.is_some() { " class=\"bad\"" } else { "" },
+            "<tr class=\"run\"><td>{}</td><td class=\"text\">{}</td><td>{}</td><td>{p99}</td><td>{:.1}</td><td>{}</td>\
+             <td>{}{plus}</td></tr>",
             Esc(&run.label),
             Esc(&run.case),
             style::count(run.totals.iops),
-            style::time(run.totals.latency_us.p99),
             run.machine.load_average,
             Esc(&run.started),
-            Esc(&run.git.revision),
-            Esc(&what)
+            Esc(&run.git.revision)
         );
+        if let Some(complaint) = run.complaint() {
+            put!(out, "<tr class=\"bad\"><td class=\"text\" colspan=\"7\">{}</td></tr>", Esc(&complaint));
+        }
+        let command = style::cut(&run.command.join(" "), 1000);
+        if !command.is_empty() {
+            put!(
+                out,
+                "<tr><td class=\"text\" colspan=\"7\"><details><summary>command of {}</summary>",
+                Esc(&run.program)
+            );
+            put!(out, "<code>{}</code></details></td></tr>", Esc(&command));
+        }
     }
     put!(out, "</table></div>");
 }

@@ -13,7 +13,7 @@ for export in nbd ublk; do
 done
 cat >/run/cycles.json <<JSON
 {"initiator": "$INITIATOR_SOCK", "target": "$TARGET_SOCK", "pid": $INITIATOR_PID, "cycles": ${CYCLES:-50},
- "exports": [$exports], "vhost_load": "$BIN_DIR/vhost-load",
+ "exports": [$exports], "rnbd_perf": "$BIN_DIR/rnbd-perf",
  "map": {"name": "Remote0", "sessname": "s1", "device_path": "$REMOTE_PATH",
    "paths": [{"src": "$(local_addr 1)", "dst": "$(remote_addr 1)"}]}}
 JSON
