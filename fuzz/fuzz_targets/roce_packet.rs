@@ -61,8 +61,7 @@ fn crc(head: &[u8; 4], udp: &[u8]) {
     }
     // Headers of any length may be given at once.
     let at = (12 + usize::from(head[3]) % 29).min(covered.len());
-    let mut digest = crc.begin(len, id);
-    digest.headers(&covered[..at]);
+    let mut digest = crc.begin(len, id, &covered[..at]);
     digest.update(&covered[at..]);
     *icrc = digest.finish();
     assert!(crc.verify(&udp, PeerIds::Foreign));

@@ -15,7 +15,7 @@ use std::net::IpAddr;
 use crc32fast::Hasher;
 
 use crate::UDP_PORT;
-use crate::headers::BTH_LEN;
+use crate::headers::{BTH_LEN, Headers};
 use crate::packet::ICRC_LEN;
 
 /// Packets from one port to an address, whose port is [`UDP_PORT`].
@@ -51,13 +51,19 @@ const LRH_MASK: usize = 8;
 const IPV4_LEN: usize = 20;
 const IPV6_LEN: usize = 40;
 const UDP_LEN: usize = 8;
+/// Masked LRH, IP and UDP headers.
+const TEMPLATE_LEN: usize = LRH_MASK + IPV6_LEN + UDP_LEN;
+/// Transport headers that [`FlowCrc::begin`] takes at most.
+const MAX_HEAD: usize = 64;
 
-/// The CRC of one flow's packets: its masked IP and UDP headers, ready made. 64 bytes; cheap to make.
+/// The CRC of one flow's packets: its masked IP and UDP headers, ready made. 80 bytes; cheap to make.
 #[derive(Clone, Debug)]
 pub struct FlowCrc {
-    /// Masked LRH, IP and UDP headers; lengths and identification are filled in per packet.
-    template: [u8; LRH_MASK + IPV6_LEN + UDP_LEN],
+    /// Lengths and identification are filled in per packet.
+    template: [u8; TEMPLATE_LEN],
     v4: bool,
+    /// Of nothing: what the CPU can do was found out when it was made.
+    empty: Hasher,
 }
 
 impl FlowCrc {
@@ -83,28 +89,37 @@ impl FlowCrc {
         };
         template[udp_at..udp_at + 2].copy_from_slice(&flow.src_port.to_be_bytes());
         template[udp_at + 2..udp_at + 4].copy_from_slice(&UDP_PORT.to_be_bytes());
-        Self { template, v4: udp_at == LRH_MASK + IPV4_LEN }
+        Self { template, v4: udp_at == LRH_MASK + IPV4_LEN, empty: Hasher::new() }
     }
 
     /// Begins a packet with `udp_payload_len` bytes of UDP payload, ICRC included, at most 65507. `ip_id`: the IPv4
-    /// identification it will be sent with, which is the number of the segment in a GSO run, or 0.
-    pub fn begin(&self, udp_payload_len: usize, ip_id: u16) -> Digest {
+    /// identification it will be sent with, which is the number of the segment in a GSO run, or 0. `head`: the base
+    /// transport header, 12 bytes, and as much of what follows it as is at hand, in all at most 64 bytes.
+    #[inline]
+    pub fn begin(&self, udp_payload_len: usize, ip_id: u16, head: &[u8]) -> Digest {
         let udp_len = UDP_LEN + udp_payload_len;
-        let mut bytes = self.template;
-        let put = |bytes: &mut [u8], at: usize, value: usize| {
+        // In one piece: short updates cost as much as long ones.
+        let mut bytes = [0; TEMPLATE_LEN + MAX_HEAD];
+        bytes[..TEMPLATE_LEN].copy_from_slice(&self.template);
+        let mut put = |at: usize, value: usize| {
             bytes[at..at + 2].copy_from_slice(&(value as u16).to_be_bytes());
         };
-        let mut crc = Hasher::new();
-        if self.v4 {
-            put(&mut bytes, 10, IPV4_LEN + udp_len);
-            put(&mut bytes, 12, usize::from(ip_id));
-            put(&mut bytes, 32, udp_len);
-            crc.update(&bytes[..LRH_MASK + IPV4_LEN + UDP_LEN]);
+        let head_at = if self.v4 {
+            put(10, IPV4_LEN + udp_len);
+            put(12, usize::from(ip_id));
+            put(32, udp_len);
+            LRH_MASK + IPV4_LEN + UDP_LEN
         } else {
-            put(&mut bytes, 12, udp_len);
-            put(&mut bytes, 52, udp_len);
-            crc.update(&bytes);
-        }
+            put(12, udp_len);
+            put(52, udp_len);
+            TEMPLATE_LEN
+        };
+        let end = head_at + head.len();
+        bytes[head_at..end].copy_from_slice(head);
+        // FECN, BECN and reserved bits, which switches may set.
+        bytes[head_at + 4] = 0xff;
+        let mut crc = self.empty.clone();
+        crc.update(&bytes[..end]);
         Digest(crc)
     }
 
@@ -140,12 +155,11 @@ impl FlowCrc {
     /// Received ICRC xor the expected one.
     fn difference(&self, udp: &[u8], ip_id: u16) -> Option<u32> {
         let (covered, icrc) = udp.split_last_chunk::<ICRC_LEN>()?;
-        let (bth, rest) = covered.split_first_chunk::<BTH_LEN>()?;
-        if udp.len() > usize::from(u16::MAX) - IPV4_LEN - UDP_LEN {
+        if covered.len() < BTH_LEN || udp.len() > usize::from(u16::MAX) - IPV4_LEN - UDP_LEN {
             return None;
         }
-        let mut digest = self.begin(udp.len(), ip_id);
-        digest.headers(bth);
+        let (head, rest) = covered.split_at(covered.len().min(Headers::MAX_LEN));
+        let mut digest = self.begin(udp.len(), ip_id, head);
         digest.update(rest);
         Some(u32::from_le_bytes(digest.finish()) ^ u32::from_le_bytes(*icrc))
     }
@@ -158,26 +172,16 @@ fn v6_octets(addr: IpAddr) -> [u8; 16] {
     }
 }
 
-/// The CRC of one packet under way: [`Digest::headers`] once, [`Digest::update`] for the rest, [`Digest::finish`].
+/// The CRC of one packet under way: [`Digest::update`] for what follows its head, [`Digest::finish`].
 #[derive(Clone, Debug)]
 pub struct Digest(Hasher);
 
 impl Digest {
-    /// The base transport header, 12 bytes, and as much of what follows as is at hand, in all at most 64 bytes.
-    pub fn headers(&mut self, bth_and_ext: &[u8]) {
-        let mut masked = [0; 64];
-        let masked = &mut masked[..bth_and_ext.len()];
-        masked.copy_from_slice(bth_and_ext);
-        // FECN, BECN and reserved bits, which switches may set.
-        if let Some(byte) = masked.get_mut(4) {
-            *byte = 0xff;
-        }
-        self.0.update(masked);
-    }
-
     /// More extension headers, payload, pad.
     pub fn update(&mut self, bytes: &[u8]) {
-        self.0.update(bytes);
+        if !bytes.is_empty() {
+            self.0.update(bytes);
+        }
     }
 
     /// The ICRC as it goes on the wire.

@@ -144,8 +144,7 @@ mod roce {
         let head_len = headers().encode(0, &mut head);
         let mut udp = head[..head_len].to_vec();
         udp.resize(head_len + LEN, 0x5a);
-        let mut digest = flow().begin(udp.len() + 4, id);
-        digest.headers(&udp[..head_len]);
+        let mut digest = flow().begin(udp.len() + 4, id, &udp[..head_len]);
         digest.update(&udp[head_len..]);
         udp.extend(digest.finish());
         udp
@@ -169,8 +168,7 @@ mod roce {
     fn icrc_of_a_packet(bencher: Bencher<'_, '_>) {
         let (flow, packet) = (flow(), built(0));
         bencher.counter(BytesCount::new(LEN)).bench_local(|| {
-            let mut digest = black_box(&flow).begin(packet.len(), 3);
-            digest.headers(&packet[..32]);
+            let mut digest = black_box(&flow).begin(packet.len(), 3, &packet[..32]);
             digest.update(black_box(&packet[32..]));
             digest.finish()
         });

@@ -29,9 +29,9 @@ fn received(packet: &[u8]) -> (FlowCrc, Vec<u8>, u16) {
 }
 
 fn seal(crc: &FlowCrc, udp: &mut [u8], id: u16) {
-    let mut digest = crc.begin(udp.len(), id);
+    let len = udp.len();
     let (covered, icrc) = udp.split_last_chunk_mut::<4>().unwrap();
-    digest.headers(&covered[..12]);
+    let mut digest = crc.begin(len, id, &covered[..12]);
     digest.update(&covered[12..]);
     *icrc = digest.finish();
 }

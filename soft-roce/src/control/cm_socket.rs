@@ -54,8 +54,7 @@ impl CmSocket {
         self.psn = self.psn.wrapping_add(1);
         let len = MAD_PACKET_LEN + packet::ICRC_LEN;
         let flow = FlowCrc::new(Flow { src, src_port: tx.port(), dst });
-        let mut digest = flow.begin(len, 0);
-        digest.headers(&packet[..20]);
+        let mut digest = flow.begin(len, 0, &packet[..20]);
         digest.update(&packet[20..]);
         let id = tx.begin(1, &Dest::new(src, SocketAddr::new(dst, UDP_PORT)), len);
         debug_assert_eq!(id, 0, "one message at a time");

@@ -199,8 +199,7 @@ fn build<'k>(
     let head_len = packet.headers.encode(pad as u8, &mut head);
     let udp_len = head_len + len as usize + pad + 4;
     let id = tx.begin(owner, &link.dest, udp_len);
-    let mut digest = link.out.begin(udp_len, id);
-    digest.headers(&head[..head_len]);
+    let mut digest = link.out.begin(udp_len, id, &head[..head_len]);
     tx.copy(&head[..head_len]);
     for pin in &pins[before..] {
         append(tx, &mut digest, pin, Transmitter::is_small(len as usize));

@@ -39,8 +39,7 @@ pub fn socket(ip: IpAddr) -> UdpSocket {
 /// `packet` with its ICRC for the way from `src` to `dst`.
 pub fn sealed(src: IpAddr, dst: IpAddr, mut packet: Vec<u8>) -> Vec<u8> {
     let flow = FlowCrc::new(Flow { src, src_port: UDP_PORT, dst });
-    let mut digest = flow.begin(packet.len() + 4, 0);
-    digest.headers(&packet[..12]);
+    let mut digest = flow.begin(packet.len() + 4, 0, &packet[..12]);
     digest.update(&packet[12..]);
     packet.extend(digest.finish());
     packet
