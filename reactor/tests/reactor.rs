@@ -66,6 +66,64 @@ fn adaptive_sleeps_when_idle_and_poll_does_not() {
     join.join().unwrap();
 }
 
+/// Works once in 200 µs, and says so.
+struct Pulse {
+    next: Instant,
+    last: Instant,
+    rests: bool,
+    /// Times that it worked, and the shortest time between two of them.
+    seen: Rc<Cell<(u64, Duration)>>,
+}
+
+impl Poller for Pulse {
+    fn poll(&mut self, cx: &mut Turn<'_>) -> Polled {
+        if cx.now < self.next {
+            return Polled::Idle;
+        }
+        let (times, shortest) = self.seen.get();
+        self.seen.set((times + 1, shortest.min(cx.now - self.last)));
+        (self.last, self.next) = (cx.now, cx.now + Duration::from_micros(200));
+        Polled::Busy
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        Some(self.next)
+    }
+
+    fn rests(&self) -> bool {
+        self.rests
+    }
+}
+
+#[test]
+fn work_that_rests_keeps_nobody_awake_and_is_done_in_time() {
+    for rests in [true, false] {
+        let (h, join) = spawn(IdlePolicy::Adaptive { spin: Duration::from_millis(20) });
+        ask(&h, move |cx| {
+            let seen = Rc::new(Cell::new((0, Duration::MAX)));
+            cx.set_local(seen.clone());
+            let (next, last) = (cx.now, cx.now - Duration::from_secs(1));
+            cx.add_poller("pulse", Box::new(Pulse { next, last, rests, seen }));
+        });
+        std::thread::sleep(Duration::from_millis(60));
+        let before = h.stats();
+        std::thread::sleep(Duration::from_millis(100));
+        let after = h.stats();
+        let (times, shortest) = ask(&h, |cx| cx.local::<Cell<(u64, Duration)>>().unwrap().get());
+        let (turns, sleeps) = (after.turns - before.turns, after.sleeps - before.sleeps);
+        assert!(times > 0);
+        if rests {
+            assert!(sleeps > 0 && turns < 8 * (sleeps + 1), "{turns} turns, {sleeps} sleeps");
+            // Not rounded up to the milliseconds of epoll_wait.
+            assert!(shortest < Duration::from_micros(900), "{shortest:?}");
+        } else {
+            assert_eq!(sleeps, 0, "{turns} turns");
+        }
+        h.stop();
+        join.join().unwrap();
+    }
+}
+
 #[test]
 fn timers_fire_once_in_order_even_from_sleep() {
     let (h, join) = spawn(ADAPTIVE);
