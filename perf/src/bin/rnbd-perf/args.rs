@@ -8,6 +8,7 @@ use engine::args::Common;
 use perf::job::{Job, Progress, RunOptions, Target, Workload, parse_jobs, size};
 use perf::report::{Options as ReportOptions, make};
 
+use super::outcome::say;
 use super::program::{PROGRAM, Run};
 
 /// Puts load on bdevs and measures it.
@@ -211,7 +212,7 @@ pub fn command() -> Result<Command, String> {
     let refs: Vec<&str> = words.iter().map(String::as_str).collect();
     let args = Args::from_args(&[PROGRAM], &refs).unwrap_or_else(|early| early_exit(&early));
     if args.version {
-        println!("{PROGRAM} {}", env!("CARGO_PKG_VERSION"));
+        say(&format!("{PROGRAM} {}\n", env!("CARGO_PKG_VERSION")));
         std::process::exit(0);
     }
     args.command(words)
@@ -220,7 +221,7 @@ pub fn command() -> Result<Command, String> {
 fn early_exit(early: &EarlyExit) -> ! {
     match early.status {
         Ok(()) => {
-            println!("{}", early.output);
+            say(&format!("{}\n", early.output));
             std::process::exit(0)
         }
         Err(()) => {

@@ -1,6 +1,7 @@
 //! What the program leaves behind: a summary, JSON, a status.
 
-use std::fmt::Write;
+use std::fmt::Write as _;
+use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -20,21 +21,26 @@ pub fn exit(outcome: Result<(), String>) -> ExitCode {
     }
 }
 
-/// Where JSON goes.
+/// Text for people on standard output. Nobody may be reading any more, which is no failure.
+pub fn say(text: &str) {
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+/// Puts the result where it belongs: JSON into `file` ("-": standard output), and the summary where JSON is not.
 pub fn write(result: &RunResult, file: Option<&Path>) -> Result<(), String> {
-    let json = || serde_json::to_string_pretty(result).map_err(|e| format!("cannot write the result: {e}"));
-    match file {
-        Some(path) if path == Path::new("-") => {
-            eprint!("{}", summary(result));
-            println!("{}", json()?);
-        }
-        Some(path) => {
-            std::fs::write(path, json()? + "\n")
-                .map_err(|e| format!("cannot write {}: {e}", path.display()))?;
-            print!("{}", summary(result));
-        }
-        None => print!("{}", summary(result)),
+    let Some(path) = file else {
+        say(&summary(result));
+        return Ok(());
+    };
+    let json =
+        serde_json::to_string_pretty(result).map_err(|e| format!("cannot write the result: {e}"))? + "\n";
+    let failed = |e| format!("cannot write {}: {e}", path.display());
+    if path == Path::new("-") {
+        let _ = std::io::stderr().write_all(summary(result).as_bytes());
+        return std::io::stdout().write_all(json.as_bytes()).map_err(failed);
     }
+    std::fs::write(path, json).map_err(failed)?;
+    say(&summary(result));
     Ok(())
 }
 
