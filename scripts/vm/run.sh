@@ -177,10 +177,14 @@ if grep -q '^# qemu: vhost' "$script"; then
     -qmp "unix:$job/qmp.sock,server=on,wait=off")
 fi
 
-# "# qemu: nvme": an NVMe drive of 256 MiB, that no driver of the guest has taken.
+# "# qemu: nvme": an NVMe drive of 256 MiB, and one of 16 MiB whose flushes fail; no driver of the guest has taken them.
 if grep -q '^# qemu: nvme' "$script"; then
   truncate -s 256M "$job/nvme.img"
-  qemu+=(-drive "file=$job/nvme.img,if=none,id=nvme0,format=raw,discard=unmap" -device "nvme,serial=nvme0,drive=nvme0")
+  truncate -s 16M "$job/no-flush.img"
+  qemu+=(-drive "file=$job/nvme.img,if=none,id=nvme0,format=raw,discard=unmap" -device "nvme,serial=nvme0,drive=nvme0"
+    -blockdev '{"driver": "raw", "node-name": "nvme1", "file": {"driver": "blkdebug", "image": {"driver": "file",
+      "filename": "'"$job"'/no-flush.img"}, "inject-error": [{"event": "none", "iotype": "flush", "errno": 5}]}}'
+    -device "nvme,serial=no-flush,drive=nvme1")
 fi
 
 started=$SECONDS verdict=''

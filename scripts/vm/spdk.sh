@@ -17,13 +17,12 @@ setup_hugepages() {
   grep -q ' hugetlbfs ' /proc/mounts || { mkdir -p /dev/hugepages && must mount -t hugetlbfs nodev /dev/hugepages; }
 }
 
-# nvme_address: the PCI address of QEMU's controller ("# qemu: nvme").
-nvme_address() {
+# nvme_addresses: the PCI addresses of QEMU's controllers ("# qemu: nvme"), in order.
+nvme_addresses() {
   local device
   for device in /sys/bus/pci/devices/*; do
-    [[ $(cat "$device/class") != 0x010802 ]] || { basename "$device"; return; }
+    [[ $(cat "$device/class") != 0x010802 ]] || basename "$device"
   done
-  return 1
 }
 
 # bind_nvme ADDRESS DRIVER: takes it from whoever has it.

@@ -185,6 +185,14 @@ pub fn offer(manager: &Arc<Manager>, name: &str) -> Result<String, Error> {
     manager.register(disk.clone())?;
     // A removal that came before the registration found nothing.
     disk.ask_size();
+    if !disk.info.read_only && !disk.info.native.has(Op::Flush) {
+        tracing::warn!(
+            bdev = name,
+            kind = disk.info.product_name,
+            "SPDK cannot flush this kind of bdev: what a drive below it keeps in a volatile write cache may be lost with \
+             power, though it was flushed; switch that cache off, or use drives with power-loss protection"
+        );
+    }
     Ok(name)
 }
 
@@ -370,8 +378,10 @@ unsafe fn info(bdev: *mut sys::spdk_bdev) -> Info {
         let block_size = sys::spdk_bdev_get_block_size(bdev);
         let physical = sys::spdk_bdev_get_physical_block_size(bdev);
         let read_only = !can(SPDK_BDEV_IO_TYPE_WRITE);
-        let write_cache = sys::spdk_bdev_has_write_cache(bdev) && can(SPDK_BDEV_IO_TYPE_FLUSH);
         let product = ffi::text(sys::spdk_bdev_get_product_name(bdev));
+        // What can be flushed is. Some modules (raid, virtio) say "no cache" whatever is below them; a drive knows.
+        let no_cache = product == "NVMe disk" && !sys::spdk_bdev_has_write_cache(bdev);
+        let write_cache = can(SPDK_BDEV_IO_TYPE_FLUSH) && !no_cache;
         let mut native = OpSet::of(&[]);
         for (op, kind) in [
             (Op::Read, SPDK_BDEV_IO_TYPE_READ),

@@ -37,3 +37,9 @@ pub use runtime::{Change, Runtime, running};
 pub fn version() -> String {
     format!("v{}.{:02}", spdk_sys::SPDK_VERSION_MAJOR, spdk_sys::SPDK_VERSION_MINOR)
 }
+
+/// Whether this SPDK can send an NVMe drive a flush: v25.09 or later, with `enable_flush` of `bdev_nvme_set_options`. Others
+/// complete flushes themselves. Source: SPDK's CHANGELOG.
+pub fn flushes_nvme() -> bool {
+    (spdk_sys::SPDK_VERSION_MAJOR, spdk_sys::SPDK_VERSION_MINOR) >= (25, 9)
+}

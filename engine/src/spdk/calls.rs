@@ -10,6 +10,9 @@ use serde_json::{Value, json};
 /// The answer to a call.
 pub(super) type Answer = Result<Value, RpcError>;
 
+/// Of SPDK's NVMe module. Every call of it has flushes of drives switched on.
+pub(super) const NVME_OPTIONS: &str = "bdev_nvme_set_options";
+
 /// Calls that SPDK has not answered yet, over its port.
 pub(super) struct Calls {
     port: Port,
@@ -31,6 +34,13 @@ impl Calls {
         let mut request = json!({"jsonrpc": "2.0", "id": id, "method": method});
         if let Some(params) = params.filter(|p| !p.is_null()) {
             request["params"] = params.clone();
+        }
+        // SPDK's default acknowledges flushes that the drive never sees, and its saved configurations have that default.
+        if method == NVME_OPTIONS && bdev::spdk::flushes_nvme() {
+            let params = &mut request["params"];
+            if params.is_null() || params.is_object() {
+                params["enable_flush"] = Value::Bool(true);
+            }
         }
         self.port.send(request.to_string().as_bytes());
         id

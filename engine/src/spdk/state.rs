@@ -10,7 +10,7 @@ use reactor::Handle;
 use rpc::{Config, Responder, RpcError};
 use serde_json::Value;
 
-use super::calls::{Answer, Calls};
+use super::calls::{Answer, Calls, NVME_OPTIONS};
 use super::config;
 use super::options::SetOptions;
 use super::poller;
@@ -130,6 +130,7 @@ impl State {
         if let Some(config) = &config {
             config::load(self, config, true)?;
         }
+        self.flush_nvme()?;
         if let Some(running) = &mut self.running {
             running.runtime.init().map_err(|e| RpcError::internal(e.to_string()))?;
         }
@@ -146,6 +147,22 @@ impl State {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Has NVMe drives flushed when they are asked to.
+    fn flush_nvme(&mut self) -> Result<(), RpcError> {
+        if !self.is_running() || spdk::states_of(NVME_OPTIONS).is_none() {
+            return Ok(());
+        }
+        if spdk::flushes_nvme() {
+            return self.call(NVME_OPTIONS, None).map(|_| ());
+        }
+        tracing::warn!(
+            spdk = spdk::version(),
+            "this SPDK never sends NVMe drives a flush (v25.09 and later do): data may be lost with power though they were \
+             flushed, unless the drives have no volatile write cache, or power-loss protection"
+        );
+        Ok(())
     }
 
     /// Calls a method and waits for its answer. SPDK goes on meanwhile, this program's control thread does not.

@@ -7,16 +7,21 @@ source "$VM_DIR/spdk.sh"
 need_spdk
 setup_net 1
 setup_hugepages 500
-address=$(nvme_address) || die "QEMU has no NVMe controller: the scenario needs a line '# qemu: nvme'"
+mapfile -t addresses < <(nvme_addresses)
+[[ ${#addresses[@]} == 2 ]] || die "QEMU has ${#addresses[@]} NVMe controllers: the scenario needs a line '# qemu: nvme'"
+address=${addresses[0]} no_flush=${addresses[1]}
 cat >/run/target.json <<JSON
 {"subsystems": [
   {"subsystem": "spdk", "config": [
-    {"method": "spdk_set_options", "params": {"pci_allowed": ["$address"], "subsystems": [
+    {"method": "spdk_set_options", "params": {"pci_allowed": ["$address", "$no_flush"], "subsystems": [
       {"subsystem": "bdev", "config": [
+        {"method": "bdev_nvme_set_options", "params": {"enable_flush": false}},
         {"method": "bdev_nvme_attach_controller", "params": {"name": "Nvme0", "trtype": "PCIe", "traddr": "$address"}},
+        {"method": "bdev_nvme_attach_controller", "params": {"name": "Nvme1", "trtype": "PCIe", "traddr": "$no_flush"}},
         {"method": "bdev_wait_for_examine"}]}]}}]},
   {"subsystem": "rnbd", "config": [
     {"method": "rnbd_create_export", "params": {"device_path": "nvme0", "bdev_name": "Nvme0n1"}},
+    {"method": "rnbd_create_export", "params": {"device_path": "no-flush", "bdev_name": "Nvme1n1"}},
     {"method": "rnbd_create_listener", "params": {"traddr": "10.9.1.1"}}]}]}
 JSON
 load_rnbd_client
@@ -26,6 +31,7 @@ serve() {
   local disk
   say "with $1"
   bind_nvme "$address" "$1"
+  bind_nvme "$no_flush" "$1"
   start_target /run/target.json
   disk=$(map_device "by-$1" "$(path_spec 1)" nvme0) || die "map nvme0"
   check "fio randrw crc32c 4k QD32 x2" fio_verify "$disk" 4k 4
@@ -36,6 +42,11 @@ serve() {
   check "a file" dd if=/dev/urandom of=/mnt/file bs=1M count=16 conv=fsync status=none
   sum=$(md5sum </mnt/file)
   must umount /mnt
+  must unmap_device "$disk"
+  # SPDK would acknowledge flushes by itself, unless it is told otherwise, whatever its configuration says.
+  disk=$(map_device "by-$1" "$(path_spec 1)" no-flush) || die "map no-flush"
+  check "a write" dd if=/dev/zero of="$disk" bs=4k count=1 oflag=direct status=none
+  check_fails "a flush, which the drive refuses" dd if=/dev/zero of="$disk" bs=4k count=1 oflag=direct conv=fsync,notrunc status=none
   must unmap_device "$disk"
   # Data went straight between chunks and the drive.
   check_fails "no data had to be copied for want of hugepages" grep 'no hugepages are left' "$TARGET_LOG"
