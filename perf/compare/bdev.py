@@ -1,9 +1,8 @@
 """The bdev layer alone: rnbd-perf and SPDK's bdevperf on null and malloc bdevs, on one core."""
 import re
-import subprocess
 import sys
 
-from common import SERVER_CORE, Contender, in_turns, perf, result
+from common import SERVER_CORE, Contender, call, in_turns, perf, result
 
 ROWS = [{"case": f"bdev {name} 4k randread QD{depth}", "rw": "randread", "bs": 4096, "depth": depth, "bdev": bdev}
         for name, bdev in (("null", "Null0"), ("malloc", "Malloc0")) for depth in (1, 32)]
@@ -29,10 +28,11 @@ class Bdevperf(Contender):
     def measure(self, row):
         config = {"subsystems": [{"subsystem": "bdev", "config": [
             call for call in CONFIG["subsystems"][0]["config"] if call["params"]["name"] == row["bdev"]]}]}
-        command = [*self.ctx.real, "bdevperf", "-c", self.ctx.write("bdevperf.json", config), "--no-huge", "-s", "1024", "-q", str(row["depth"]),
+        command = [*self.ctx.real, "bdevperf", "-c", self.ctx.write("bdevperf.json", config), "--no-huge", "-s", "1024",
+                   "--disable-cpumask-locks", "-q", str(row["depth"]),
                    "-o", str(row["bs"]), "-w", row["rw"], "-t", str(max(1, round(self.ctx.args.seconds))),
                    "-m", f"[{SERVER_CORE}]", "-r", self.ctx.path("bdevperf.sock")]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = call(self.ctx, command)
         r = parse(done.stdout + done.stderr)
         if not r:
             sys.exit(f"perf/compare: {' '.join(command)}: {(done.stderr or done.stdout)[-2000:]}")

@@ -29,8 +29,9 @@ class Context:
 
     def __init__(self, args, scratch):
         self.args, self.scratch = args, scratch
-        # What servers and loads are started with, so that other work of the machine disturbs them less.
-        self.real = ["chrt", "-f", "10"] if args.realtime else []
+        # What servers and loads are started with, so that other work of the machine disturbs them less. In turns (-r), as the
+        # control thread of a load would else wait for ever for two cores that are polled.
+        self.real = ["chrt", "-r", "10"] if args.realtime else []
 
     def path(self, name):
         return os.path.join(self.scratch, name)
@@ -214,6 +215,17 @@ def with_server(r, cpu_seconds):
     return r
 
 
+def call(ctx, command):
+    """Runs a load to its end, which must come soon after its time is over."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ctx.args.seconds + 60)
+    except subprocess.TimeoutExpired:
+        sys.exit(f"perf/compare: {' '.join(command)}: has not ended a minute after its time")
+    if done.returncode != 0:
+        sys.exit(f"perf/compare: {' '.join(command)}: {(done.stderr.strip() or done.stdout.strip())[-2000:]}")
+    return done
+
+
 def perf(ctx, label, row, target, *more, core=LOAD_CORE, config=None, time_s=None):
     """A run of rnbd-perf, labelled as the contender. No warm-up: the server's CPU time is read around it."""
     out = ctx.path("perf.json")
@@ -222,9 +234,7 @@ def perf(ctx, label, row, target, *more, core=LOAD_CORE, config=None, time_s=Non
                "--label", label, "--case", row["case"], "--json", out, *more]
     if config:
         command += ["-c", config]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        sys.exit(f"perf/compare: {' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
+    call(ctx, command)
     with open(out) as f:
         return json.load(f)
 
@@ -232,12 +242,10 @@ def perf(ctx, label, row, target, *more, core=LOAD_CORE, config=None, time_s=Non
 def fio(ctx, label, row, *engine, core=LOAD_CORE):
     """A run of fio, in our shape."""
     command = [*ctx.real, "taskset", "-c", str(core), "fio", "--name=row", f"--rw={row['rw']}", f"--bs={row['bs']}",
-               f"--iodepth={row['depth']}", "--time_based", f"--runtime={round(ctx.args.seconds * 1000)}ms", "--randrepeat=0", "--norandommap",
+               f"--iodepth={row['depth']}", "--time_based", f"--runtime={round(ctx.args.seconds * 1000)}ms",
+               "--randrepeat=0", "--norandommap",
                "--percentile_list=1:10:25:50:75:90:95:99:99.5:99.9:99.95:99.99", "--output-format=json", *engine]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        sys.exit(f"perf/compare: {' '.join(command)}: {done.stderr.strip()}")
-    text = done.stdout
+    text = call(ctx, command).stdout
     return from_fio(json.loads(text[text.index("{"):]), label, row["case"], row["rw"], command)
 
 
@@ -289,6 +297,7 @@ def table(results):
                           for what in (lambda r: r["iops"], cpu)]
             known = {"mib": median(label, lambda r: r["mib_s"]), "cpu": median(label, cpu)}
             known |= {p: median(label, lambda r, p=p: r["latency_us"].get(p, 0)) for p in ("p50", "p99")}
-            mib, p50, p99, used = (f"{known[k]:.{d}f}" if known[k] else "" for k, d in (("mib", 0), ("p50", 1), ("p99", 1), ("cpu", 2)))
-            print(f"| {case if n == 0 else ''} | {label} | {statistics.median(iops):.0f} | {min(iops):.0f}..{max(iops):.0f} | {mib} | "
-                  f"{p50} | {p99} | {used} | {ratios[0]} | {ratios[1]} |")
+            digits = {"mib": 0, "p50": 1, "p99": 1, "cpu": 2}
+            mib, p50, p99, used = (f"{known[k]:.{d}f}" if known[k] else "" for k, d in digits.items())
+            print(f"| {case if n == 0 else ''} | {label} | {statistics.median(iops):.0f} | {min(iops):.0f}..{max(iops):.0f} "
+                  f"| {mib} | {p50} | {p99} | {used} | {ratios[0]} | {ratios[1]} |")

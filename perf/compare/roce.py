@@ -5,10 +5,10 @@ The limit does nothing but request and reply on the same kind of sockets, with p
 """
 import json
 import re
-import subprocess
+import socket
 import sys
 
-from common import LOAD_CORE, Contender, in_turns, perf, result, with_server
+from common import LOAD_CORE, Contender, call, in_turns, perf, result, with_server
 
 SERVER, CLIENT = "127.92.0.1", "127.92.0.2"
 # The largest request of a session is 124 KiB, a chunk less its header: 31 packets.
@@ -60,10 +60,10 @@ class RtrsLoad(Target):
 
     def measure(self, row):
         out, before = self.ctx.path("rtrs.json"), self.target.cpu()
-        command = [*self.ctx.real, self.ctx.own("rtrs-load"), SERVER, "Null0", "-p", "soft-roce", "--src", CLIENT, "-m", f"[{LOAD_CORE}]", "--poll",
-                   "-w", row["rw"], "-o", str(row["bs"]), "-q", str(row["depth"]), "-t", str(self.ctx.args.seconds),
-                   "--warm-up", "0", "--json", out]
-        load = run(command, out)
+        command = [*self.ctx.real, self.ctx.own("rtrs-load"), SERVER, "Null0", "-p", "soft-roce", "--src", CLIENT,
+                   "-m", f"[{LOAD_CORE}]", "--poll", "-w", row["rw"], "-o", str(row["bs"]), "-q", str(row["depth"]),
+                   "-t", str(self.ctx.args.seconds), "--warm-up", "0", "--json", out]
+        load = run(self.ctx, command, out)
         r = result(self.label, row["case"], "rtrs-load", load["version"], command, latency_us=load["latency_us"],
                    cpu={"process_seconds": load["cpu_seconds"], "us_per_io": load["cpu_us_per_io"], "reactors": []},
                    **{k: load[k] for k in ("iops", "mib_s", "ios", "reads", "seconds", "errors", "first_error", "busy")})
@@ -75,9 +75,9 @@ class Limit(Contender):
 
     def measure(self, row):
         out = self.ctx.path("udp.json")
-        command = [*self.ctx.real, self.ctx.own("udp-limit"), "--seconds", str(self.ctx.args.seconds), "--depth", str(row["depth"]), "--json", out,
-                   *row["limit"]]
-        load = run(command, out)
+        command = [*self.ctx.real, self.ctx.own("udp-limit"), "--seconds", str(self.ctx.args.seconds),
+                   "--depth", str(row["depth"]), "--json", out, *row["limit"]]
+        load = run(self.ctx, command, out)
         iops = load["exchanges_per_second"]
         return result(self.label, row["case"], "udp-limit", "", command, iops=iops, mib_s=iops * row["bs"] / 2**20,
                       ios=load["exchanges"], seconds=load["seconds"],
@@ -100,16 +100,16 @@ class NvmeTcp(Contender):
                 {"method": "nvmf_subsystem_add_ns", "params": {"nqn": nqn, "namespace": {"bdev_name": "Null0"}}},
                 {"method": "nvmf_subsystem_add_listener", "params": {"nqn": nqn, "listen_address": address}}]}]}
         path = self.ctx.write("nvmf.json", config)
-        self.run("nvmf_tgt", "-c", path, "-m", "0x2", "--no-huge", "-s", "1024", "-r", self.ctx.path("nvmf.sock"), core=None)
-        self.wait("its port", lambda: subprocess.run(
-            ["python3", "-c", "import socket; socket.create_connection(('127.0.0.1', 44420), 1)"], capture_output=True).returncode == 0)
+        self.run("nvmf_tgt", "-c", path, "-m", "0x2", "--no-huge", "-s", "1024",
+                 "--disable-cpumask-locks", "-r", self.ctx.path("nvmf.sock"), core=None)
+        self.wait("its port", listens)
 
     def measure(self, row):
         before = self.cpu()
         command = [*self.ctx.real, "spdk_nvme_perf", "-q", str(row["depth"]), "-o", str(row["bs"]), "-w", row["rw"],
                    "-t", str(max(1, round(self.ctx.args.seconds))), "-c", hex(1 << LOAD_CORE), "--no-huge", "-s", "512", "-r",
                    "trtype:TCP adrfam:IPv4 traddr:127.0.0.1 trsvcid:44420"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = call(self.ctx, command)
         used = self.cpu() - before
         line = re.search(r"^Total\s*:\s*([\d.]+)\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)\s+([\d.]+)", done.stdout, re.M)
         if not line:
@@ -121,10 +121,13 @@ class NvmeTcp(Contender):
             seconds=seconds, latency_us={"min": least, "mean": mean, "max": most}), used)
 
 
-def run(command, path):
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        sys.exit(f"perf/compare: {' '.join(command)}: {done.stderr.strip()}")
+def listens():
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", 44420)) == 0
+
+
+def run(ctx, command, path):
+    call(ctx, command)
     with open(path) as f:
         return json.load(f)
 

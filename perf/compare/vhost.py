@@ -66,7 +66,7 @@ class Spdk(BackEnd):
         config = {"subsystems": [{"subsystem": "bdev", "config": BDEVS}, {"subsystem": "vhost_blk", "config": controllers}]}
         path = self.ctx.write("spdk.json", config)
         # Beside its sockets it puts others; sizes as large as a guest's memory need room.
-        self.run("vhost", "-c", path, "-S", self.ctx.scratch, "-m", "0x2", "--no-huge", "-s", "1024",
+        self.run("vhost", "-c", path, "-S", self.ctx.scratch, "-m", "0x2", "--no-huge", "-s", "1024", "--disable-cpumask-locks",
                  "-r", self.ctx.path("spdk-rpc.sock"), core=None)
 
 
