@@ -203,14 +203,63 @@ fn link(packages: &Packages) -> Result<(), String> {
         }
     }
     let mut seen = HashSet::new();
+    let mut kept = Vec::new();
     for flag in &flags {
         if let Some(name) = library(flag)
             && seen.insert(name.to_owned())
         {
-            link_one(name, flag, &folders, shared)?;
+            if shared && own(name) {
+                kept.extend(link_shared(name, &folders)?);
+            } else {
+                link_one(name, flag, &folders)?;
+            }
         }
     }
-    Ok(())
+    keep(&kept)
+}
+
+/// SPDK's, DPDK's or part of them.
+fn own(name: &str) -> bool {
+    name.starts_with("spdk") || name.starts_with("rte_") || name.starts_with("isal")
+}
+
+/// Links a shared library, and returns a symbol of it.
+fn link_shared(name: &str, folders: &[PathBuf]) -> Result<Option<String>, String> {
+    let file = format!("lib{name}.so");
+    let Some(library) = folders.iter().map(|dir| dir.join(&file)).find(|f| f.is_file()) else {
+        // Parts that SPDK's shared libraries have in them.
+        if name.starts_with("isal") {
+            return Ok(None);
+        }
+        return Err(format!("{file} is in none of {folders:?}: this SPDK or DPDK has no shared libraries"));
+    };
+    println!("cargo:rustc-link-lib=dylib={name}");
+    let output = Command::new("nm").args(["-D", "--defined-only"]).arg(&library).output();
+    let output = output.map_err(|e| format!("cannot run nm: {e}; install binutils"))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    // "ADDRESS T name@@VERSION"
+    let mut symbols = text.lines().filter_map(|l| {
+        let mut words = l.split_whitespace().skip(1);
+        words.next().filter(|kind| ["T", "D", "B", "R"].contains(kind))?;
+        words.next()?.split('@').next()
+    });
+    Ok(symbols.next().map(str::to_owned))
+}
+
+/// Writes a table with a symbol of each shared library: the linker drops libraries that nothing refers to, and with them the
+/// constructors of SPDK's modules.
+fn keep(symbols: &[String]) -> Result<(), String> {
+    let out = PathBuf::from(env::var("OUT_DIR").map_err(|e| e.to_string())?).join("keep.rs");
+    let mut text = String::from("unsafe extern \"C\" {\n");
+    for (i, symbol) in symbols.iter().enumerate() {
+        text += &format!("    #[link_name = \"{symbol}\"]\n    static KEEP_{i}: u8;\n");
+    }
+    text += &format!("}}\n#[used]\nstatic KEPT: [Kept; {}] = [", symbols.len());
+    for i in 0..symbols.len() {
+        text += &format!("Kept(&raw const KEEP_{i}), ");
+    }
+    text += "];\n";
+    std::fs::write(&out, text).map_err(|e| format!("{}: {e}", out.display()))
 }
 
 /// The library that a flag names: -lNAME, -l:libNAME.a (as meson writes it) or /a/path/libNAME.a.
@@ -219,24 +268,22 @@ fn library(flag: &str) -> Option<&str> {
     archive.and_then(|name| name.strip_suffix(".a")).or_else(|| flag.strip_prefix("-l"))
 }
 
-fn link_one(name: &str, flag: &str, folders: &[PathBuf], shared: bool) -> Result<(), String> {
-    let own = name.starts_with("spdk") || name.starts_with("rte_") || name.starts_with("isal");
-    let archive = folders.iter().any(|dir| dir.join(format!("lib{name}.a")).is_file());
-    if !own {
+fn link_one(name: &str, flag: &str, folders: &[PathBuf]) -> Result<(), String> {
+    if !own(name) {
         println!("cargo:rustc-link-lib=dylib={name}");
-    } else if shared {
-        // Constructors count as no reference, and Cargo hands linker arguments only to the crate's own programs: rustc
-        // keeps every library that a crate of the program names, unless the linker drops it as not needed.
-        println!("cargo:rustc-link-lib=dylib:-as-needed={name}");
-    } else if archive {
-        println!("cargo:rustc-link-lib=static:+whole-archive,-bundle={name}");
-    } else if let Some(dir) = Path::new(flag).parent().filter(|dir| dir.is_absolute()) {
-        println!("cargo:rustc-link-search=native={}", dir.display());
-        println!("cargo:rustc-link-lib=static:+whole-archive,-bundle={name}");
-    } else {
-        return Err(format!(
-            "lib{name}.a is in none of {folders:?}: this SPDK or DPDK has no static libraries; use the feature \"shared\""
-        ));
+        return Ok(());
     }
+    if !folders.iter().any(|dir| dir.join(format!("lib{name}.a")).is_file()) {
+        match Path::new(flag).parent().filter(|dir| dir.is_absolute()) {
+            Some(dir) => println!("cargo:rustc-link-search=native={}", dir.display()),
+            None => {
+                return Err(format!(
+                    "lib{name}.a is in none of {folders:?}: this SPDK or DPDK has no static libraries; use the feature \
+                     \"shared\""
+                ));
+            }
+        }
+    }
+    println!("cargo:rustc-link-lib=static:+whole-archive,-bundle={name}");
     Ok(())
 }

@@ -33,18 +33,22 @@ pub(super) struct SpdkChannel {
 
 /// What SPDK's callbacks reach. Cells only: they come while the channel polls.
 pub(super) struct Inner {
-    local: Rc<Local>,
+    // What every request touches comes first.
     channel: *mut sys::spdk_io_channel,
+    /// Of `_desc`.
+    raw_desc: *mut sys::spdk_bdev_desc,
     block_size: u32,
-    pieces: RefCell<Vec<Box<[Slot]>>>,
+    inflight: Cell<u32>,
     /// The first free slot of a list, null if there is none.
     free: Cell<*const Slot>,
     done: RefCell<Completions>,
+    local: Rc<Local>,
+    pieces: RefCell<Vec<Box<[Slot]>>>,
     /// SPDK had no memory for them, nor a queue to wait in.
     refused: RefCell<VecDeque<*const Slot>>,
-    inflight: Cell<u32>,
     bounces: RefCell<Vec<Bounce>>,
-    desc: Arc<Desc>,
+    /// Open as long as the channel is there.
+    _desc: Arc<Desc>,
 }
 
 impl SpdkChannel {
@@ -63,16 +67,17 @@ impl SpdkChannel {
             return Err(format!("SPDK gives no io channel: {}", super::recent_errors()));
         }
         let inner = Rc::new(Inner {
-            local,
             channel,
+            raw_desc: desc.as_ptr(),
             block_size,
-            pieces: RefCell::default(),
+            inflight: Cell::new(0),
             free: Cell::new(std::ptr::null()),
             done: RefCell::new(Vec::with_capacity(64)),
+            local,
+            pieces: RefCell::default(),
             refused: RefCell::default(),
-            inflight: Cell::new(0),
             bounces: RefCell::default(),
-            desc,
+            _desc: desc,
         });
         inner.grow();
         Ok(Self { inner, fast_zeroes, reader })
@@ -133,29 +138,38 @@ impl Inner {
     #[inline]
     pub(super) fn send(&self, slot: &Slot) {
         // SAFETY: descriptor and channel stay until the last request has completed (`drop` waits), on this thread.
-        let rc = unsafe { slot.send(self.desc.as_ptr(), self.channel) };
+        let rc = unsafe { slot.send(self.raw_desc, self.channel) };
         match rc {
             0 => {}
             // SAFETY: as above.
-            -12 if unsafe { slot.wait(self.desc.as_ptr(), self.channel) } => {}
+            -12 if unsafe { slot.wait(self.raw_desc, self.channel) } => {}
             -12 => self.refused.borrow_mut().push_back(slot),
             rc => self.completed(slot, slot::refused(rc)),
         }
     }
 
     /// A request is over.
+    #[inline]
     pub(super) fn completed(&self, slot: &Slot, status: Status) {
         debug_assert!(std::ptr::eq(slot.owner(), self));
         if let Some(bounce) = slot.empty(status) {
-            let mut kept = self.bounces.borrow_mut();
-            if kept.iter().map(Bounce::len).sum::<usize>() + bounce.len() <= KEPT {
-                kept.push(bounce);
-            }
+            self.keep(bounce);
         }
         self.done.borrow_mut().push(Completion { cookie: slot.cookie.get(), status });
         self.give_back(slot);
-        self.inflight.set(self.inflight.get() - 1);
-        self.local.request_ends();
+        let inflight = self.inflight.get() - 1;
+        self.inflight.set(inflight);
+        if inflight == 0 {
+            self.local.channel_rests();
+        }
+    }
+
+    #[cold]
+    fn keep(&self, bounce: Bounce) {
+        let mut kept = self.bounces.borrow_mut();
+        if kept.iter().map(Bounce::len).sum::<usize>() + bounce.len() <= KEPT {
+            kept.push(bounce);
+        }
     }
 
     fn poll(&self) {
@@ -187,8 +201,11 @@ impl Channel for SpdkChannel {
             return Err(Rejected { request, status });
         }
         let Some(slot) = inner.take_slot() else { return Err(Rejected { request, status: Status::Busy }) };
-        inner.inflight.set(inner.inflight.get() + 1);
-        inner.local.request_begins();
+        let inflight = inner.inflight.get();
+        inner.inflight.set(inflight + 1);
+        if inflight == 0 {
+            inner.local.channel_works();
+        }
         match bounce {
             None => slot.fill(&request),
             Some(bounce) => slot.fill_bounced(&request, bounce),

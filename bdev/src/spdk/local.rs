@@ -78,7 +78,8 @@ pub(super) unsafe fn exit(thread: *mut sys::spdk_thread) {
 #[derive(Debug)]
 pub(super) struct Local {
     thread: *mut sys::spdk_thread,
-    inflight: Cell<usize>,
+    /// Channels that have requests in flight.
+    working: Cell<usize>,
     foreign: RefCell<Vec<Foreign>>,
     /// Polled since `poll_idle` last asked.
     polled: Cell<bool>,
@@ -118,8 +119,8 @@ impl Local {
             thread
         };
         LIVE.fetch_add(1, Ordering::AcqRel);
-        let (inflight, foreign, polled) = (Cell::new(0), RefCell::default(), Cell::new(false));
-        Ok(Rc::new(Self { thread, inflight, foreign, polled, app }))
+        let (working, foreign, polled) = (Cell::new(0), RefCell::default(), Cell::new(false));
+        Ok(Rc::new(Self { thread, working, foreign, polled, app }))
     }
 
     pub(super) fn thread(&self) -> *mut sys::spdk_thread {
@@ -149,20 +150,22 @@ impl Local {
         self.foreign.take()
     }
 
+    /// A channel has requests in flight from now on.
     #[inline]
-    pub(super) fn request_begins(&self) {
-        let inflight = self.inflight.get();
-        self.inflight.set(inflight + 1);
-        if inflight == 0 {
+    pub(super) fn channel_works(&self) {
+        let working = self.working.get();
+        self.working.set(working + 1);
+        if working == 0 {
             BUSY.fetch_add(1, Ordering::Relaxed);
         }
     }
 
+    /// A channel has no more requests in flight.
     #[inline]
-    pub(super) fn request_ends(&self) {
-        let inflight = self.inflight.get() - 1;
-        self.inflight.set(inflight);
-        if inflight == 0 {
+    pub(super) fn channel_rests(&self) {
+        let working = self.working.get() - 1;
+        self.working.set(working);
+        if working == 0 {
             BUSY.fetch_sub(1, Ordering::Relaxed);
         }
     }
@@ -211,7 +214,7 @@ pub fn poll_idle() -> bool {
             local.poll();
             local.polled.set(false);
         }
-        local.inflight.get() > 0
+        local.working.get() > 0
     })
 }
 
@@ -237,8 +240,8 @@ pub fn adopt(thread: Foreign) {
     }
 }
 
-/// The calling thread is done with SPDK: its channels are gone, and it will make no more. Before [`Runtime::stop`]
-/// (super::Runtime::stop); a thread that ends does the same.
+/// The calling thread is done with SPDK: its channels are gone, and it will make no more. Before [`super::Runtime::stop`]; a
+/// thread that ends does the same.
 pub fn leave() {
     if LOCAL.with_borrow(|l| l.as_ref().is_some_and(|l| !l.app)) {
         drop(LOCAL.take());
