@@ -6,6 +6,7 @@ Groups (default: all but vm, as far as their programs are there):
   nbd    an NBD server on a unix socket, 256 MiB in memory: rnbd-target, nbdkit, qemu-nbd, nbd-server
   vhost  a vhost-user-blk socket: rnbd-target, qemu-storage-daemon, SPDK's vhost
   roce   RNBD over soft-roce on the loopback device: rnbd-target, the limit of UDP itself, SPDK's NVMe over TCP
+  scaling  rnbd-target with more clients, idle and at work
   vm     the kernel's RNBD client in the VM: rnbd-target, the kernel's rnbd_server (scripts/vm/run.sh target-perf)
 
 The load is on core 0, what is measured on core 1. Contenders take turns, in the other order every second round; those that are not
@@ -26,10 +27,11 @@ import bdev  # noqa: E402
 import common  # noqa: E402
 import nbd  # noqa: E402
 import roce  # noqa: E402
+import scaling  # noqa: E402
 import vhost  # noqa: E402
 import vm  # noqa: E402
 
-GROUPS = {"bdev": bdev, "nbd": nbd, "vhost": vhost, "roce": roce, "vm": vm}
+GROUPS = {"bdev": bdev, "nbd": nbd, "vhost": vhost, "roce": roce, "scaling": scaling, "vm": vm}
 
 
 def main():
