@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use hot_paths::{BATCH, HotPath};
+use hot_paths::HotPath;
 
 /// memcpy and its kin are chosen by what the CPU can do. Valgrind's CPU has what the host has of SSE, AVX and AVX2, so the
 /// choice is narrowed to what every x86-64 has: with the string instructions a copy of 4 KiB would count as 4096.
@@ -112,7 +112,7 @@ fn count(path: &HotPath, rounds: u32, dir: &Path) -> Result<Measured, String> {
             path.name, path.function
         ));
     }
-    let requests = f64::from(rounds) * BATCH as f64;
+    let requests = f64::from(rounds) * path.depth as f64;
     let (first, second) = (first as f64 / requests, second as f64 / requests);
     let least = first.min(second);
     Ok(Measured { per_request: least, spread_percent: 100.0 * (first - second).abs() / least })

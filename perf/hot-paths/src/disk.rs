@@ -5,12 +5,12 @@ use std::sync::Arc;
 use bdev::{Completions, Flags, IoChannel, IoRequest, Manager, Mode, Op, Segments};
 use iobuf::{Registry, Segment};
 
-use crate::{BATCH, Kind, LEN, Round};
+use crate::{Kind, LEN, Round};
 
 const BLOCKS: u64 = 1 << 14;
 const BLOCK: u32 = 512;
 
-pub fn null(kind: Kind) -> Round {
+pub fn null(kind: Kind, depth: usize) -> Round {
     let manager = Manager::new(Registry::new());
     let params = bdev::null::Params {
         name: Some("disk".into()),
@@ -20,10 +20,10 @@ pub fn null(kind: Kind) -> Round {
         uuid: None,
     };
     bdev::null::create(&manager, params).expect("a null bdev");
-    rounds(&manager, kind)
+    rounds(&manager, kind, depth)
 }
 
-pub fn malloc(kind: Kind) -> Round {
+pub fn malloc(kind: Kind, depth: usize) -> Round {
     let manager = Manager::new(Registry::new());
     let params = bdev::malloc::Params {
         name: Some("disk".into()),
@@ -33,18 +33,18 @@ pub fn malloc(kind: Kind) -> Round {
         uuid: None,
     };
     bdev::malloc::create(&manager, params).expect("a malloc bdev");
-    rounds(&manager, kind)
+    rounds(&manager, kind, depth)
 }
 
-fn rounds(manager: &Arc<Manager>, kind: Kind) -> Round {
+fn rounds(manager: &Arc<Manager>, kind: Kind, depth: usize) -> Round {
     let descriptor = manager.open("disk", Mode::ReadWrite, Box::new(|_| ())).expect("just created");
     let mut channel = descriptor.channel().expect("a channel");
-    let memory = manager.registry().map(BATCH * LEN).expect("memory");
-    let segments: Vec<Segment> = (0..BATCH)
+    let memory = manager.registry().map(depth * LEN).expect("memory");
+    let segments: Vec<Segment> = (0..depth)
         // SAFETY: the closure below keeps `memory` behind the channel, and each request has its own part.
         .map(|i| unsafe { memory.segment(i * LEN, LEN) }.expect("inside"))
         .collect();
-    let mut done = Completions::with_capacity(BATCH);
+    let mut done = Completions::with_capacity(depth);
     let op = if kind == Kind::Read { Op::Read } else { Op::Write };
     let mut lba = 0;
     Box::new(move || {

@@ -1,6 +1,7 @@
 //! The data paths of the programs, to be measured one 4 KiB read or write at a time.
 //!
-//! A [`HotPath`] is set up once and then does rounds of [`BATCH`] requests. The program `instruction-budget` runs it under
+//! A [`HotPath`] is set up once and then does rounds of requests, [`BATCH`] or one at a time: what is done once per turn
+//! shows in the latter. The program `instruction-budget` runs it under
 //! valgrind and compares the instructions of each request with `budget.txt`; `benches/micro.rs` has the wall clock of
 //! smaller parts.
 //!
@@ -16,7 +17,7 @@ mod rnbd;
 mod soft_roce;
 mod vhost;
 
-/// Requests of a round.
+/// Requests of a round of a deep queue.
 pub const BATCH: usize = 32;
 
 /// Bytes of a request.
@@ -31,7 +32,7 @@ pub enum Kind {
     Write,
 }
 
-/// A path that does one round of [`BATCH`] requests per call.
+/// A path that does one round of requests per call.
 pub type Round = Box<dyn FnMut()>;
 
 /// A way of a request through the programs.
@@ -40,9 +41,11 @@ pub struct HotPath {
     pub name: &'static str,
     /// What its rounds consist of.
     pub kind: Kind,
+    /// Requests of a round.
+    pub depth: usize,
     /// The function that is counted, in valgrind's words: demangled, `*` for anything.
     pub function: &'static str,
-    set_up: fn(Kind) -> Round,
+    set_up: fn(Kind, usize) -> Round,
 }
 
 impl HotPath {
@@ -51,74 +54,86 @@ impl HotPath {
     /// # Panics
     /// If this host does not give it, in words.
     pub fn set_up(&self) -> Round {
-        (self.set_up)(self.kind)
+        (self.set_up)(self.kind, self.depth)
     }
 }
 
-/// Both kinds of a path.
-macro_rules! both {
-    ($name:literal, $function:literal, $set_up:expr) => {
-        [
-            HotPath { name: concat!($name, "-read"), kind: Kind::Read, function: $function, set_up: $set_up },
-            HotPath {
-                name: concat!($name, "-write"),
-                kind: Kind::Write,
-                function: $function,
-                set_up: $set_up,
-            },
+/// A path with both kinds of requests.
+struct Way {
+    /// Deep queue, then one at a time: where how often a reactor looks does not depend on timers.
+    names: &'static [&'static str],
+    function: &'static str,
+    set_up: fn(Kind, usize) -> Round,
+}
+
+/// Its names: deep queues have no number.
+macro_rules! names {
+    ($name:literal) => {
+        &[concat!($name, "-read"), concat!($name, "-write")]
+    };
+    ($name:literal, qd1) => {
+        &[
+            concat!($name, "-read"),
+            concat!($name, "-write"),
+            concat!($name, "-read-qd1"),
+            concat!($name, "-write-qd1"),
         ]
     };
 }
 
+impl Way {
+    fn paths(&self) -> impl Iterator<Item = HotPath> {
+        let kinds = [(Kind::Read, BATCH), (Kind::Write, BATCH), (Kind::Read, 1), (Kind::Write, 1)];
+        let (function, set_up) = (self.function, self.set_up);
+        self.names.iter().copied().zip(kinds).map(move |(name, (kind, depth))| HotPath {
+            name,
+            kind,
+            depth,
+            function,
+            set_up,
+        })
+    }
+}
+
+const VHOST_LANE: &str = "<vhost_poll::lane::LanePoller<*> as reactor::poller::Poller>::poll";
+
+const WAYS: [Way; 7] = [
+    Way { names: names!("bdev-null", qd1), function: "hot_paths::disk::batch", set_up: disk::null },
+    Way { names: names!("bdev-malloc", qd1), function: "hot_paths::disk::batch", set_up: disk::malloc },
+    Way { names: names!("vhost-split-null", qd1), function: VHOST_LANE, set_up: vhost::split },
+    Way { names: names!("vhost-packed-null", qd1), function: VHOST_LANE, set_up: vhost::packed },
+    Way {
+        names: names!("nbd-server-null", qd1),
+        function: "<exports::nbd_server::lane::LanePoller as reactor::poller::Poller>::poll",
+        set_up: nbd::server,
+    },
+    Way {
+        names: names!("rtrs-server-null"),
+        function: "<rtrs_poll::lane::LanePoller<*> as reactor::poller::Poller>::poll",
+        set_up: rnbd::over_soft_roce,
+    },
+    Way {
+        names: names!("rtrs-client-null"),
+        function: "<rtrs_poll::client::lane::LanePoller<*> as reactor::poller::Poller>::poll",
+        set_up: rnbd::over_soft_roce,
+    },
+];
+
+/// A packet that carries 4 KiB, on its way out and on its way in, with what acknowledges it.
+const PACKETS: [(&str, usize, &str); 4] = [
+    ("soft-roce-out", BATCH, "hot_paths::soft_roce::send_side"),
+    ("soft-roce-in", BATCH, "hot_paths::soft_roce::receive_side"),
+    ("soft-roce-out-qd1", 1, "hot_paths::soft_roce::send_side"),
+    ("soft-roce-in-qd1", 1, "hot_paths::soft_roce::receive_side"),
+];
+
 /// Every path, in the order of `budget.txt`.
 pub fn all() -> Vec<HotPath> {
-    [
-        both!("bdev-null", "hot_paths::disk::batch", disk::null),
-        both!("bdev-malloc", "hot_paths::disk::batch", disk::malloc),
-        both!(
-            "vhost-split-null",
-            "<vhost_poll::lane::LanePoller<*> as reactor::poller::Poller>::poll",
-            vhost::split
-        ),
-        both!(
-            "vhost-packed-null",
-            "<vhost_poll::lane::LanePoller<*> as reactor::poller::Poller>::poll",
-            vhost::packed
-        ),
-        both!(
-            "nbd-server-null",
-            "<exports::nbd_server::lane::LanePoller as reactor::poller::Poller>::poll",
-            nbd::server
-        ),
-        both!(
-            "rtrs-server-null",
-            "<rtrs_poll::lane::LanePoller<*> as reactor::poller::Poller>::poll",
-            rnbd::over_soft_roce
-        ),
-        both!(
-            "rtrs-client-null",
-            "<rtrs_poll::client::lane::LanePoller<*> as reactor::poller::Poller>::poll",
-            rnbd::over_soft_roce
-        ),
-        [
-            // A packet that carries 4 KiB, on its way out and on its way in, with what acknowledges it.
-            HotPath {
-                name: "soft-roce-out",
-                kind: Kind::Write,
-                function: "hot_paths::soft_roce::send_side",
-                set_up: soft_roce::write_with_imm,
-            },
-            HotPath {
-                name: "soft-roce-in",
-                kind: Kind::Write,
-                function: "hot_paths::soft_roce::receive_side",
-                set_up: soft_roce::write_with_imm,
-            },
-        ],
-    ]
-    .into_iter()
-    .flatten()
-    .collect()
+    let packets = PACKETS.map(|(name, depth, function)| {
+        let set_up = soft_roce::write_with_imm;
+        HotPath { name, kind: Kind::Write, depth, function, set_up }
+    });
+    WAYS.iter().flat_map(Way::paths).chain(packets).collect()
 }
 
 /// Marks the end of a part of a run: valgrind writes its counts when this is called.

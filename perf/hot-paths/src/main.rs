@@ -78,7 +78,7 @@ struct Run {
     /// name of a path
     #[argh(positional)]
     path: String,
-    /// rounds of 32 requests in each of two parts
+    /// rounds in each of two parts
     #[argh(option, default = "ROUNDS")]
     rounds: u32,
 }
@@ -173,8 +173,9 @@ fn record(r: &Record) -> Result<ExitCode, String> {
 
 fn profile(p: &Profile) -> Result<ExitCode, String> {
     callgrind::ready_or_exit()?;
-    let measured = callgrind::profile(&find(&p.path)?, ROUNDS, &p.out)?;
+    let path = find(&p.path)?;
+    let measured = callgrind::profile(&path, ROUNDS, &p.out)?;
     println!("{:.1} instructions a request; callgrind_annotate {}", measured.per_request, p.out.display());
-    println!("divide its figures by {}", ROUNDS as usize * hot_paths::BATCH);
+    println!("divide its figures by {}", ROUNDS as usize * path.depth);
     Ok(ExitCode::SUCCESS)
 }

@@ -12,9 +12,9 @@ use serde_json::json;
 
 use crate::gate::{Gate, settle};
 use crate::program::Program;
-use crate::{BATCH, Kind, LEN, Round};
+use crate::{Kind, LEN, Round};
 
-pub fn server(kind: Kind) -> Round {
+pub fn server(kind: Kind, depth: usize) -> Round {
     let program = Program::start(
         || vec![Box::new(NbdServer::default())],
         |dir| {
@@ -26,9 +26,9 @@ pub fn server(kind: Kind) -> Round {
     );
     let mut client =
         connect(&program.dir().join("nbd.sock")).unwrap_or_else(|e| panic!("NBD handshake: {e}"));
-    let requests = requests(kind);
+    let requests = requests(kind, depth);
     let reply = if kind == Kind::Read { SIMPLE_REPLY_LEN + LEN } else { SIMPLE_REPLY_LEN };
-    let mut replies = vec![0; BATCH * reply];
+    let mut replies = vec![0; depth * reply];
     Box::new(move || {
         let gate = Gate::close(&program.reactor);
         // A unix socket's buffer holds a round in either direction.
@@ -54,10 +54,10 @@ fn connect(path: &Path) -> std::io::Result<UnixStream> {
     Ok(client)
 }
 
-fn requests(kind: Kind) -> Vec<u8> {
+fn requests(kind: Kind, depth: usize) -> Vec<u8> {
     let command = if kind == Kind::Read { cmd::READ } else { cmd::WRITE };
-    let mut all = Vec::with_capacity(BATCH * (REQUEST_LEN + LEN));
-    for cookie in 0..BATCH as u64 {
+    let mut all = Vec::with_capacity(depth * (REQUEST_LEN + LEN));
+    for cookie in 0..depth as u64 {
         all.extend(REQUEST_MAGIC.to_be_bytes());
         all.extend(0u16.to_be_bytes());
         all.extend(command.to_be_bytes());

@@ -12,7 +12,7 @@ use serde_json::json;
 
 use crate::gate::settle;
 use crate::program::Program;
-use crate::{BATCH, Kind, LEN, Round};
+use crate::{Kind, LEN, Round};
 
 const BLOCKS: u64 = (LEN / 512) as u64;
 
@@ -25,7 +25,7 @@ struct Remote {
     _descriptor: Descriptor,
 }
 
-pub fn over_soft_roce(kind: Kind) -> Round {
+pub fn over_soft_roce(kind: Kind, depth: usize) -> Round {
     let [.., a, b] = std::process::id().to_be_bytes();
     let (server, client) = (format!("127.{}.{b}.1", a | 0x80), format!("127.{}.{b}.2", a | 0x80));
     let program = Program::start(
@@ -43,7 +43,7 @@ pub fn over_soft_roce(kind: Kind) -> Round {
             ]
         },
     );
-    open(&program);
+    open(&program, depth);
     let op = if kind == Kind::Read { Op::Read } else { Op::Write };
     Box::new(move || {
         program.on_reactor(move |cx| submit(&mut remote(cx).borrow_mut(), op));
@@ -63,17 +63,17 @@ fn remote(cx: &reactor::Turn<'_>) -> Rc<RefCell<Remote>> {
     cx.local().expect("set when the disk was opened")
 }
 
-fn open(program: &Program) {
-    let (descriptor, memory) = program.on_app(|app| {
+fn open(program: &Program, depth: usize) {
+    let (descriptor, memory) = program.on_app(move |app| {
         let descriptor = app.manager.open("remote", Mode::ReadWrite, Box::new(|_| ())).expect("mapped");
-        (descriptor, app.manager.registry().map(BATCH * LEN).expect("memory"))
+        (descriptor, app.manager.registry().map(depth * LEN).expect("memory"))
     });
     program.on_reactor(move |cx| {
         // SAFETY: the region is leaked below, so the segments stay; each request has its own.
-        let segments = (0..BATCH).map(|i| unsafe { memory.segment(i * LEN, LEN) }.expect("inside")).collect();
+        let segments = (0..depth).map(|i| unsafe { memory.segment(i * LEN, LEN) }.expect("inside")).collect();
         std::mem::forget(memory);
         let channel = descriptor.channel().expect("a channel");
-        let done = Completions::with_capacity(BATCH);
+        let done = Completions::with_capacity(depth);
         let remote = Remote { channel, done, segments, lba: 0, _descriptor: descriptor };
         cx.set_local(Rc::new(RefCell::new(remote)));
     });

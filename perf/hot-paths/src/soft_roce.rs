@@ -74,25 +74,25 @@ fn pair() -> (End, End) {
     (client, server)
 }
 
-/// RDMA WRITEs with immediate data, [`BATCH`] in one chain.
-pub fn write_with_imm(_: Kind) -> Round {
+/// RDMA WRITEs with immediate data, `depth` in one chain.
+pub fn write_with_imm(_: Kind, depth: usize) -> Round {
     let (mut from, mut to) = pair();
     let remote = (to.mr.region().as_ptr() as u64, to.mr.rkey());
-    let wrs: Vec<SendWr> = (0..BATCH)
+    let wrs: Vec<SendWr> = (0..depth)
         .map(|i| SendWr {
             wr_id: i as u64,
             op: SendOp::WriteImm { addr: remote.0 + (i * LEN) as u64, rkey: remote.1, imm: i as u32 },
             sges: SgeList::one(from.mr.sge(i * LEN, LEN as u32).expect("inside")),
-            signaled: i + 1 == BATCH,
+            signaled: i + 1 == depth,
         })
         .collect();
     let receives: Vec<RecvWr> =
-        (0..BATCH as u64).map(|wr_id| RecvWr { wr_id, sges: SgeList::EMPTY }).collect();
+        (0..depth as u64).map(|wr_id| RecvWr { wr_id, sges: SgeList::EMPTY }).collect();
     to.qp.post_recv(&receives).expect("room");
     Box::new(move || {
         let mut sent = send_side(&mut from, &wrs);
         let (mut received, mut turns) = (0, 0);
-        while received < BATCH || sent < 1 {
+        while received < depth || sent < 1 {
             received += receive_side(&mut to, &receives);
             // Acknowledgements wait for company, 20 µs at most: now they are due. The sender's window may need them.
             std::thread::sleep(Duration::from_micros(100));

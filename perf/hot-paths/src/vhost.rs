@@ -6,17 +6,17 @@ use vhost_driver::{Disk, Options};
 
 use crate::gate::{Gate, settle};
 use crate::program::Program;
-use crate::{BATCH, Kind, LEN, Round};
+use crate::{Kind, LEN, Round};
 
-pub fn split(kind: Kind) -> Round {
-    rounds(kind, Options::default())
+pub fn split(kind: Kind, depth: usize) -> Round {
+    rounds(kind, depth, Options::default())
 }
 
-pub fn packed(kind: Kind) -> Round {
-    rounds(kind, Options { packed: true, ..Options::default() })
+pub fn packed(kind: Kind, depth: usize) -> Round {
+    rounds(kind, depth, Options { packed: true, ..Options::default() })
 }
 
-fn rounds(kind: Kind, guest: Options) -> Round {
+fn rounds(kind: Kind, depth: usize, guest: Options) -> Round {
     let program = Program::start(
         || vec![Box::new(Vhost::default())],
         |dir| {
@@ -32,7 +32,7 @@ fn rounds(kind: Kind, guest: Options) -> Round {
     let mut sector = 0;
     Box::new(move || {
         let gate = Gate::close(&program.reactor);
-        for _ in 0..BATCH {
+        for _ in 0..depth {
             let slot = disk.take(0).expect("a free request");
             let (virtio_kind, out) = if kind == Kind::Read { (0, false) } else { (1, true) };
             assert!(disk.submit(0, slot, virtio_kind, sector, LEN as u32, out), "room in the ring");
@@ -40,7 +40,7 @@ fn rounds(kind: Kind, guest: Options) -> Round {
         }
         disk.publish(0);
         drop(gate);
-        for _ in 0..BATCH {
+        for _ in 0..depth {
             let (_, status) = disk.wait(0).expect("an answer");
             assert_eq!(status, 0, "the disk's status");
         }
