@@ -9,6 +9,9 @@ fn git(args: &[&str]) -> Option<String> {
 }
 
 fn main() {
+    // Shared libraries of SPDK have modules that nothing refers to: the linker must keep them (feature `spdk-shared`).
+    let args = std::env::var("DEP_SPDK_LINK_ARGS").unwrap_or_default();
+    args.split_whitespace().for_each(|arg| println!("cargo::rustc-link-arg={arg}"));
     let revision = git(&["rev-parse", "--short=12", "HEAD"]).unwrap_or_else(|| "unknown".into());
     let dirty = git(&["status", "--porcelain", "--untracked-files=no"]).is_some_and(|s| !s.is_empty());
     println!("cargo::rustc-env=RNBD_GIT_REVISION={revision}");

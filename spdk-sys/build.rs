@@ -209,13 +209,21 @@ fn link(packages: &Packages) -> Result<(), String> {
             && seen.insert(name.to_owned())
         {
             if shared && own(name) {
-                kept.extend(link_shared(name, &folders)?);
+                kept.extend(find_shared(name, &folders)?);
             } else {
                 link_one(name, flag, &folders)?;
+                // SPDK's shared libraries do not say which of the system's they need.
+                kept.push(name.to_owned());
             }
         }
     }
-    keep(&kept)
+    if shared {
+        // The linker drops libraries that nothing refers to, and with them the constructors of SPDK's modules. Only a
+        // program's own build script can tell it not to: those of this workspace pass this on (`DEP_SPDK_LINK_ARGS`).
+        let all: Vec<String> = kept.iter().map(|name| format!("-l{name}")).collect();
+        println!("cargo:link_args=-Wl,--push-state,--no-as-needed {} -Wl,--pop-state", all.join(" "));
+    }
+    Ok(())
 }
 
 /// SPDK's, DPDK's or part of them.
@@ -223,43 +231,18 @@ fn own(name: &str) -> bool {
     name.starts_with("spdk") || name.starts_with("rte_") || name.starts_with("isal")
 }
 
-/// Links a shared library, and returns a symbol of it.
-fn link_shared(name: &str, folders: &[PathBuf]) -> Result<Option<String>, String> {
+/// Links a shared library; returns its name if it is there.
+fn find_shared(name: &str, folders: &[PathBuf]) -> Result<Option<String>, String> {
     let file = format!("lib{name}.so");
-    let Some(library) = folders.iter().map(|dir| dir.join(&file)).find(|f| f.is_file()) else {
-        // Parts that SPDK's shared libraries have in them.
-        if name.starts_with("isal") {
-            return Ok(None);
-        }
-        return Err(format!("{file} is in none of {folders:?}: this SPDK or DPDK has no shared libraries"));
-    };
-    println!("cargo:rustc-link-lib=dylib={name}");
-    let output = Command::new("nm").args(["-D", "--defined-only"]).arg(&library).output();
-    let output = output.map_err(|e| format!("cannot run nm: {e}; install binutils"))?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    // "ADDRESS T name@@VERSION"
-    let mut symbols = text.lines().filter_map(|l| {
-        let mut words = l.split_whitespace().skip(1);
-        words.next().filter(|kind| ["T", "D", "B", "R"].contains(kind))?;
-        words.next()?.split('@').next()
-    });
-    Ok(symbols.next().map(str::to_owned))
-}
-
-/// Writes a table with a symbol of each shared library: the linker drops libraries that nothing refers to, and with them the
-/// constructors of SPDK's modules.
-fn keep(symbols: &[String]) -> Result<(), String> {
-    let out = PathBuf::from(env::var("OUT_DIR").map_err(|e| e.to_string())?).join("keep.rs");
-    let mut text = String::from("unsafe extern \"C\" {\n");
-    for (i, symbol) in symbols.iter().enumerate() {
-        text += &format!("    #[link_name = \"{symbol}\"]\n    static KEEP_{i}: u8;\n");
+    if folders.iter().any(|dir| dir.join(&file).is_file()) {
+        println!("cargo:rustc-link-lib=dylib={name}");
+        return Ok(Some(name.to_owned()));
     }
-    text += &format!("}}\n#[used]\nstatic KEPT: [Kept; {}] = [", symbols.len());
-    for i in 0..symbols.len() {
-        text += &format!("Kept(&raw const KEEP_{i}), ");
+    // SPDK's shared libraries have these in them.
+    if name.starts_with("isal") {
+        return Ok(None);
     }
-    text += "];\n";
-    std::fs::write(&out, text).map_err(|e| format!("{}: {e}", out.display()))
+    Err(format!("{file} is in none of {folders:?}: this SPDK or DPDK has no shared libraries"))
 }
 
 /// The library that a flag names: -lNAME, -l:libNAME.a (as meson writes it) or /a/path/libNAME.a.

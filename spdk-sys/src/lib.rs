@@ -10,17 +10,3 @@
 #![allow(rustdoc::all, unnecessary_transmutes)]
 
 include!(concat!(env!("OUT_DIR"), "/bindings.rs"));
-
-/// An address in a shared library, which keeps it linked.
-#[repr(transparent)]
-struct Kept(#[allow(dead_code)] *const u8);
-
-// SAFETY: nobody reads through it.
-unsafe impl Sync for Kept {}
-
-include!(concat!(env!("OUT_DIR"), "/keep.rs"));
-
-/// How many shared libraries are kept linked for the sake of their constructors. Its use keeps them.
-pub fn kept() -> usize {
-    std::hint::black_box(&KEPT).len()
-}

@@ -88,13 +88,7 @@ impl Runtime {
             return Err(StartError::NotLinked);
         }
         *write_app() = Some(App { os_thread: std::thread::current().id(), thread: app.thread() });
-        let shared_libraries = sys::kept();
-        tracing::info!(
-            version = super::version(),
-            hugepages = !options.no_huge,
-            shared_libraries,
-            "SPDK started"
-        );
+        tracing::info!(version = super::version(), hugepages = !options.no_huge, "SPDK started");
         let (placer, changes) = (None, VecDeque::new());
         Ok(Self { app, placer, seen: 0, changes, initialised: false, finishing: false })
     }
