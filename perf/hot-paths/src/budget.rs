@@ -133,7 +133,7 @@ impl Budget {
         let mut text = format!("{HEADER}# Counted with: {}\n\n", tools());
         for path in paths {
             if let Some(figure) = self.paths.get(path.name) {
-                text.push_str(&format!("{:24} {figure:9.1}\n", path.name));
+                text.push_str(&format!("{:28} {figure:9.1}\n", path.name));
             }
         }
         std::fs::write(file, text).map_err(|e| format!("cannot write {}: {e}", file.display()))

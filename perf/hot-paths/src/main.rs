@@ -152,7 +152,7 @@ fn check(c: &Check) -> Result<ExitCode, String> {
 }
 
 fn line(path: &HotPath, m: &Measured, verdict: &Verdict) -> String {
-    format!("{:24} {:9.1} a request (spread {:.2} %)  {verdict}", path.name, m.per_request, m.spread_percent)
+    format!("{:28} {:9.1} a request (spread {:.2} %)  {verdict}", path.name, m.per_request, m.spread_percent)
 }
 
 fn program() -> String {
