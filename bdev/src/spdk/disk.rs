@@ -395,8 +395,10 @@ unsafe fn info(bdev: *mut sys::spdk_bdev) -> Info {
                 native = native.with(op);
             }
         }
-        let granularity =
-            sys::spdk_bdev_get_preferred_unmap_granularity(bdev).max(1).saturating_mul(block_size);
+        #[cfg(spdk_unmap_granularity)]
+        let granularity = sys::spdk_bdev_get_preferred_unmap_granularity(bdev);
+        #[cfg(not(spdk_unmap_granularity))]
+        let granularity = 1u32;
         Info {
             name: ffi::text(sys::spdk_bdev_get_name(bdev)),
             aliases: aliases(bdev),
@@ -409,7 +411,11 @@ unsafe fn info(bdev: *mut sys::spdk_bdev) -> Info {
             native_fua: false,
             write_cache,
             read_only,
-            discard_granularity: if native.has(Op::Discard) { granularity } else { 0 },
+            discard_granularity: if native.has(Op::Discard) {
+                granularity.max(1).saturating_mul(block_size)
+            } else {
+                0
+            },
             max_unmap_blocks: u64::MAX,
             buffer_align: 1,
         }
