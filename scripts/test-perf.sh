@@ -8,7 +8,7 @@ scripts/packages.sh fio nbdkit nbd-server qemu-utils libnbd-bin procps
 dir=$(mktemp -d "${TMPDIR:-/tmp}/rnbd-test-perf.XXXXXX")
 trap 'rm -rf "$dir"' EXIT
 
-python3 -B perf/compare --bin "$bin" --rounds 2 --seconds 1 -o "$dir/compare.json" --report "$dir/compare.html" bdev nbd vhost roce
+python3 -B perf/compare --bin "$bin" --rounds 2 --seconds 0.5 -o "$dir/compare.json" --report "$dir/compare.html" bdev nbd vhost roce
 python3 - "$dir" <<'PY'
 import json, sys
 runs = json.load(open(f"{sys.argv[1]}/compare.json"))

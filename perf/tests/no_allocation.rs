@@ -105,9 +105,10 @@ fn longer_runs_allocate_no_more() {
         // What is allocated once only.
         run(workload, Duration::from_millis(50));
         let (short, a) = run(workload, Duration::from_millis(100));
-        let (long, b) = run(workload, Duration::from_millis(1500));
-        let more = b.totals.ios.saturating_sub(a.totals.ios);
-        assert!(more > 1000, "{workload:?}: {} and {} requests", a.totals.ios, b.totals.ios);
+        // A machine with other work may let a run do next to nothing.
+        let long_runs = (0..5).map(|_| run(workload, Duration::from_millis(1500)));
+        let mut longer = long_runs.map(|(n, b)| (n, b.totals.ios.saturating_sub(a.totals.ios)));
+        let (long, more) = longer.find(|(_, more)| *more > 1000).expect("a run of many requests");
         assert!(long < short + 200, "{workload:?}: {short} allocations, and {long} for {more} requests more");
     }
 }

@@ -126,7 +126,8 @@ impl Collector {
             job.seconds = job.seconds.max((end.at - begin.at) as f64 / 1e9);
             // Every worker sees the whole process.
             self.process_seconds = self.process_seconds.max(end.process_cpu - begin.process_cpu);
-            let (busy, idle) = (end.busy_ns - begin.busy_ns, end.idle_ns - begin.idle_ns);
+            let (busy, idle) =
+                (end.busy_ns.wrapping_sub(begin.busy_ns), end.idle_ns.wrapping_sub(begin.idle_ns));
             let reactor = self.reactors.entry(core).or_insert(ReactorCpu { core, ..ReactorCpu::default() });
             reactor.busy_share = busy as f64 / (busy + idle).max(1) as f64;
             reactor.cpu_seconds = reactor.cpu_seconds.max(end.thread_cpu - begin.thread_cpu);

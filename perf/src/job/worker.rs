@@ -130,7 +130,9 @@ pub(super) struct Worker<Q> {
     shared: Arc<Shared>,
     plan: Plan,
     phase: Phase,
-    /// Beginning of the measurement; end of the present interval.
+    /// Of the last turn.
+    now: u64,
+    /// Beginning of the measurement, and of the warm-up until then; end of the present interval.
     from: u64,
     interval_end: u64,
     slots: Vec<Slot>,
@@ -154,6 +156,7 @@ impl<Q: Queue> Worker<Q> {
             queue,
             shared,
             phase: if plan.fill.0 < plan.fill.1 { Phase::Filling } else { Phase::Waiting },
+            now: 0,
             from: 0,
             interval_end: 0,
             slots: vec![nothing; n],
@@ -174,8 +177,10 @@ impl<Q: Queue> Worker<Q> {
         self.done.clear();
         self.queue.poll(&mut self.done);
         let any = !self.done.is_empty();
-        // One time stamp for all that is found now and all that begins now.
-        let now = self.shared.ns(if any { Instant::now() } else { cx.now });
+        // One time stamp for all that is found now and all that begins now. The reactor's own is older than the one of the
+        // round before, if there was one in this turn.
+        let now = self.shared.ns(if any { Instant::now() } else { cx.now }).max(self.now);
+        self.now = now;
         self.clock(now, cx, say);
         let mut done = std::mem::take(&mut self.done);
         self.inflight -= done.len();
@@ -195,14 +200,15 @@ impl<Q: Queue> Worker<Q> {
                 let go = self.shared.go.load(Ordering::Relaxed);
                 if go > 0 && now >= go {
                     self.from = go + self.shared.warm_up;
-                    self.interval_end = self.from + self.shared.interval.min(self.shared.time);
                     self.phase = Phase::WarmUp;
                 }
             }
             Phase::WarmUp if now >= self.from => {
-                // What has passed since is not measured: all workers count from the same moment.
+                // From now on, not from when it should have been: on a machine with other work that may be long ago.
                 self.phase = Phase::Measured;
-                self.recorder.begin(now - self.from);
+                self.from = now;
+                self.interval_end = now + self.shared.interval.min(self.shared.time);
+                self.recorder.begin(0);
                 self.begun = Some(Mark::now(now, cx.handle()));
             }
             Phase::Filling if self.inflight == 0 && self.plan.fill.0 == self.plan.fill.1 => {
