@@ -27,7 +27,7 @@ pub fn ready_or_exit() -> Result<(), String> {
         return Err("this is a debug build; use `cargo run --release -p hot-paths -- check`".into());
     }
     if version().is_none() {
-        println!("valgrind is not installed: scripts/packages.sh installs it");
+        println!("valgrind is not installed: scripts/packages.sh valgrind installs it");
         std::process::exit(77);
     }
     Ok(())
