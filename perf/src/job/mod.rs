@@ -1,8 +1,8 @@
 //! Load on bdevs, and on vhost-user-blk sockets, from the reactors of an engine.
 //!
 //! ```text
-//! control thread   run.rs: remote bdevs are made ─▶ opened ─▶ workers prepared ─▶ go ─▶ samples … results ─▶ RunResult
-//! each reactor     worker.rs: a poller per job; what completes is submitted anew, in batches
+//! control thread   run/:   remote bdevs are made ─▶ opened ─▶ workers prepared ─▶ go ─▶ samples … results ─▶ RunResult
+//! each reactor     worker/: a poller per job; what completes is submitted anew, in batches
 //!                    pattern.rs: which blocks next     rate.rs: when     record.rs: latencies, by interval
 //!                    queue.rs, vhost.rs: the device, a bdev's channel or a virtqueue
 //! ```
