@@ -242,11 +242,7 @@ cut_path() {
   case $how in
     loss)
       modprobe sch_netem 2>/dev/null
-      case $VM_NET${VM_NETEM:+,netem} in
-        soft*) _far_end "$i" 100% drop ;;
-        rxe) _arrivals "$i" drop ;;
-        *) _netem "$i" "loss 100%" ;;
-      esac
+      if [[ $VM_NET == soft ]]; then _far_end "$i" 100% drop; else _netem "$i" "loss 100%"; fi
       ;;
     down)
       must ip link set "$(_client_if "$i")" down
@@ -261,27 +257,15 @@ heal_path() {
     must on_server "ip link set $(_server_if "$1") up"
     return
   fi
-  case $VM_NET${VM_NETEM:+,netem} in
-    soft*) _far_end "$1" 0% pass ;;
-    rxe) _arrivals "$1" pass ;;
-    *,netem) _disturb "$1" ;;
-    *) _no_netem "$1" ;;
-  esac
-}
-# _arrivals I ACTION: what becomes of packets that arrive at either end of link I. Senders see nothing of it: with a queue that loses
-# everything at its own device rxe's QP 1 got into the error state now and then here, too. Nothing is taken away, as below.
-_arrivals() {
-  local d index
-  for d in "$(_server_if "$1")" "$(_client_if "$1")"; do
-    index=$((${d#d} + 1))
-    if ! tc qdisc show dev "$d" | grep -q ingress; then
-      modprobe -a sch_ingress act_gact cls_matchall
-      must tc qdisc add dev "$d" ingress
-      must tc actions add action pass index "$index"
-      must tc filter add dev "$d" ingress matchall action gact index "$index"
-    fi
-    must tc actions change action "$2" index "$index"
-  done
+  if [[ $VM_NET == soft ]]; then
+    _far_end "$1" 0% pass
+    return
+  fi
+  if [[ -n ${VM_NETEM:-} ]]; then
+    _disturb "$1"
+    return
+  fi
+  _no_netem "$1"
 }
 # _far_end I LOSS ACTION: with soft-roce on one end the link is cut there. A queue that loses everything at rxe's own device
 # now and then left rxe's QP 1 in the error state as well, when the kernel's server closed its side of the path. Nothing is
