@@ -1,6 +1,6 @@
 #!/bin/bash
 # rnbd-initiator under verified load: paths cut and healed, all of them cut, server killed, disconnected, itself killed.
-# timeout: 900
+# timeout: 600
 # ci: 6.12
 # more: 6.12/rxe,REMOTE=kernel 6.12/rxe,EXPORT=ublk 6.12/soft 6.12/soft,REMOTE=kernel
 source "$VM_DIR/lib.sh"
