@@ -8,15 +8,14 @@ root. Exits 1 if a program takes 1 % of a core or more, or more than 64 MiB besi
 import argparse
 import json
 import os
-import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, os.path.join(ROOT, "scripts", "vm"))
+sys.path[:0] = [os.path.join(ROOT, "scripts", "vm"), os.path.join(ROOT, "perf", "compare")]
+from common import idle_nbd  # noqa: E402
 from rpc import call  # noqa: E402
 
 TICK = 1 / os.sysconf("SC_CLK_TCK")
@@ -60,29 +59,6 @@ class Program:
             return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
 
 
-def nbd_client(path, export):
-    """A connection in transmission, that asks nothing."""
-    client = socket.socket(socket.AF_UNIX)
-    client.connect(path)
-
-    def take(n):
-        data = b""
-        while len(data) < n:
-            part = client.recv(n - len(data))
-            if not part:
-                sys.exit(f"perf/idle.py: {path} hung up")
-            data += part
-        return data
-
-    magic, option, _ = struct.unpack(">8s8sH", take(18))
-    assert (magic, option) == (b"NBDMAGIC", b"IHAVEOPT"), (magic, option)
-    name = export.encode()
-    client.sendall(struct.pack(">I8sII", 3, b"IHAVEOPT", 1, len(name)) + name)
-    size, _ = struct.unpack(">QH", take(10))
-    assert size == DISK_BLOCKS * 512, size
-    return client
-
-
 def main():
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--bin", default=os.path.join(ROOT, "build", "release"), help="folder of the programs (default: %(default)s)")
@@ -113,8 +89,8 @@ def main():
                 sockets.append(path(f"{bdev}.vhost"))
                 initiator.rpc("vhost_create_blk_controller", ctrlr=sockets[-1], dev_name=bdev)
                 initiator.rpc("nbd_server_create_export", name=bdev, bdev_name=bdev)
-                clients.append(nbd_client(path("initiator.nbd"), bdev))
-            clients.append(nbd_client(path("target.nbd"), "Disk0"))
+                clients.append(idle_nbd(path("initiator.nbd"), bdev, DISK_BLOCKS * 512))
+            clients.append(idle_nbd(path("target.nbd"), "Disk0", DISK_BLOCKS * 512))
             loads = [subprocess.Popen([binary("rnbd-perf"), "-T", f"vhost:{s}", "-t", str(args.seconds + 8), "-q", "1", "--rate-iops", "1", "-m", "0x2", "--quiet",
                                        "--spin-us", "0", "-r", f"{s}.perf"], stdout=subprocess.DEVNULL) for s in sockets]
             time.sleep(5)

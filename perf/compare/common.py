@@ -4,7 +4,9 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import statistics
+import struct
 import subprocess
 import sys
 import time
@@ -268,6 +270,22 @@ def from_fio(report, label, case, rw, command):
         seconds=side["runtime"] / 1e3, errors=job.get("total_err", 0), percentiles=curve,
         latency_us=latency,
         cpu={"process_seconds": cpu, "us_per_io": cpu * 1e6 / max(ios, 1), "reactors": []})
+
+
+def idle_nbd(path, export, size):
+    """A connection to an NBD export of so many bytes, that asks nothing: newstyle, EXPORT_NAME."""
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(10)
+    client.connect(path)
+    stream = client.makefile("rb")
+    if stream.read(18)[:16] != b"NBDMAGICIHAVEOPT":
+        sys.exit(f"{path} is no NBD server")
+    name = export.encode()
+    client.sendall(struct.pack(">I8sII", 3, b"IHAVEOPT", 1, len(name)) + name)
+    found, _ = struct.unpack(">QH", stream.read(10))
+    if found != size:
+        sys.exit(f"{path}: {export} has {found} bytes, not {size}")
+    return client
 
 
 def table(results):

@@ -3,14 +3,15 @@
 A null bdev, so that all of the cost is the server's own. Idle clients are connected and ask nothing: NBD sockets, or sessions of an
 rnbd-initiator.
 """
-import json
-import socket
-import struct
+import os
 import subprocess
 import sys
 import time
 
-from common import LOAD_CORE, Contender, in_turns, perf, with_server
+from common import LOAD_CORE, Contender, idle_nbd, in_turns, perf, with_server
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "scripts", "vm"))
+import rpc  # noqa: E402
 
 SERVER, CLIENT = "127.95.0.1", "127.95.0.2"
 BLOCKS, BLOCK = 262144, 4096
@@ -22,38 +23,11 @@ ROWS += [{"case": f"{protocol} 4k randread QD1, {clients} clients", "protocol": 
 
 
 def call(path, method, params=None):
-    """One JSON-RPC call; its result."""
-    with socket.socket(socket.AF_UNIX) as s:
-        s.settimeout(60)
-        s.connect(path)
-        s.sendall(json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, **({"params": params} if params else {})}).encode())
-        text = b""
-        while True:
-            part = s.recv(65536)
-            text += part
-            try:
-                answer = json.loads(text)
-            except ValueError:
-                if part:
-                    continue
-                raise
-            if "error" in answer:
-                sys.exit(f"perf/compare: {method}: {answer['error']}")
-            return answer["result"]
-
-
-def idle_nbd(path):
-    """A client in transmission: newstyle, EXPORT_NAME."""
-    s = socket.socket(socket.AF_UNIX)
-    s.settimeout(10)
-    s.connect(path)
-    stream = s.makefile("rb")
-    if stream.read(18)[:16] != b"NBDMAGICIHAVEOPT":
-        sys.exit(f"perf/compare: {path} is no NBD server")
-    s.sendall(struct.pack(">I8sII", 3, b"IHAVEOPT", 1, 5) + b"Null0")
-    size, _ = struct.unpack(">QH", stream.read(10))
-    assert size == BLOCKS * BLOCK, size
-    return s
+    """The result of one JSON-RPC call."""
+    answer = rpc.call(path, method, params)
+    if "error" in answer:
+        sys.exit(f"perf/compare: {method}: {answer['error']}")
+    return answer["result"]
 
 
 class Target(Contender):
@@ -79,7 +53,7 @@ class Target(Contender):
         while len(self.idle) > nbd:
             self.idle.pop().close()
         while len(self.idle) < nbd:
-            self.idle.append(idle_nbd(self.ctx.path("nbd.sock")))
+            self.idle.append(idle_nbd(self.ctx.path("nbd.sock"), "Null0", BLOCKS * BLOCK))
         rnbd = row["idle"] if row["protocol"] == "rnbd" else 0
         if self.initiator and self.sessions > rnbd:
             self.end_initiator()
