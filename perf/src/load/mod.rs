@@ -14,4 +14,4 @@ mod workload;
 
 pub use driver::{LoadError, Stopper, run};
 pub use options::{LoadOptions, OptionsError, Pattern};
-pub use report::{Latency, Report, Verified};
+pub use report::{Report, Verified};

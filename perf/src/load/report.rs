@@ -4,47 +4,7 @@ use hdrhistogram::Histogram;
 use serde::Serialize;
 
 use super::options::{LoadOptions, Pattern};
-
-/// Latencies in microseconds, from submission to completion.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct Latency {
-    /// Least.
-    pub min: f64,
-    /// Arithmetic mean.
-    pub mean: f64,
-    /// Median.
-    pub p50: f64,
-    /// Nine of ten are faster.
-    pub p90: f64,
-    /// 99 of 100.
-    pub p99: f64,
-    /// 999 of 1000.
-    pub p99_9: f64,
-    /// 9999 of 10000.
-    pub p99_99: f64,
-    /// Most.
-    pub max: f64,
-}
-
-impl Latency {
-    pub(super) fn of(histogram: &Histogram<u64>) -> Self {
-        let us = |ns: u64| ns as f64 / 1000.0;
-        let at = |q: f64| us(histogram.value_at_quantile(q));
-        if histogram.is_empty() {
-            return Self::default();
-        }
-        Self {
-            min: us(histogram.min()),
-            mean: histogram.mean() / 1000.0,
-            p50: at(0.5),
-            p90: at(0.9),
-            p99: at(0.99),
-            p99_9: at(0.999),
-            p99_99: at(0.9999),
-            max: us(histogram.max()),
-        }
-    }
-}
+use crate::result::Latency;
 
 /// What a verifying run has checked.
 #[derive(Clone, Debug, Serialize)]
