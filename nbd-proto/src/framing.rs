@@ -116,13 +116,12 @@ impl Framing {
         }
     }
 
-    /// Bytes that follow a header, whatever becomes of the request ("Request message").
+    /// Bytes that follow a header, whatever becomes of the request ("Request message"). A `WRITE` has a payload with extended
+    /// headers even where the client did not set `PAYLOAD_LEN`, which it must: QEMU's client never does (10.0 and 11.1), and
+    /// its server takes that.
     pub fn payload_len(self, head: &Head) -> u64 {
-        let has = match self {
-            Self::Extended => head.flags & cmd_flag::PAYLOAD_LEN != 0,
-            _ => head.command == cmd::WRITE,
-        };
-        if has { head.length } else { 0 }
+        let flagged = self == Self::Extended && head.flags & cmd_flag::PAYLOAD_LEN != 0;
+        if flagged || head.command == cmd::WRITE { head.length } else { 0 }
     }
 }
 
@@ -165,6 +164,8 @@ mod tests {
         for framing in [Framing::Simple, Framing::Structured, ORIGINAL] {
             assert_eq!([head, flagged, read].map(|h| framing.payload_len(&h)), [5, 5, 0]);
         }
-        assert_eq!([head, flagged, read].map(|h| Framing::Extended.payload_len(&h)), [0, 5, 5]);
+        assert_eq!([head, flagged, read].map(|h| Framing::Extended.payload_len(&h)), [5, 5, 5]);
+        let plain_read = Head { command: cmd::READ, ..head };
+        assert_eq!(Framing::Extended.payload_len(&plain_read), 0);
     }
 }

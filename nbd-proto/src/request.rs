@@ -263,11 +263,9 @@ fn command_of(head: &Head, offered: TransmissionFlags, agreed: &Agreed) -> Resul
     if !offered.has(needs) {
         return Err("a command that was not offered");
     }
-    let payload = agreed.framing == Framing::Extended && head.command == cmd::WRITE;
-    if payload && !has(cmd_flag::PAYLOAD_LEN) {
-        return Err("WRITE without PAYLOAD_LEN has no data");
+    if agreed.framing == Framing::Extended && head.command == cmd::WRITE {
+        known |= cmd_flag::PAYLOAD_LEN;
     }
-    known |= if payload { cmd_flag::PAYLOAD_LEN } else { 0 };
     // "Clients may set FUA on all commands", once it was offered.
     known |= if_offered(TransmissionFlags::SEND_FUA, cmd_flag::FUA);
     if head.flags & !known != 0 {

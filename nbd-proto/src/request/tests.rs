@@ -155,10 +155,10 @@ fn extended_lengths_have_64_bits() {
 }
 
 #[test]
-fn extended_payloads_are_flagged() {
+fn only_extended_writes_may_flag_their_payload() {
     let flag = cmd_flag::PAYLOAD_LEN;
     assert!(check_as(EXPORT, EXTENDED, cmd::WRITE, flag, 0, 512).is_ok());
-    assert_eq!(check_as(EXPORT, EXTENDED, cmd::WRITE, 0, 0, 512), Err(ErrorCode::Einval));
+    assert!(check_as(EXPORT, EXTENDED, cmd::WRITE, 0, 0, 512).is_ok(), "as QEMU's client sends it");
     for command in [cmd::READ, cmd::TRIM, cmd::FLUSH, cmd::WRITE_ZEROES, cmd::CACHE] {
         assert_eq!(check_as(EXPORT, EXTENDED, command, flag, 0, 512), Err(ErrorCode::Einval));
     }
