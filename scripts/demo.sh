@@ -46,7 +46,7 @@ free_nbd() {
 }
 
 step "1/4 packages"
-scripts/packages.sh fio
+scripts/packages.sh build fio
 echo "all there"
 
 step "2/4 build"

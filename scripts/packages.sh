@@ -1,8 +1,13 @@
 #!/bin/bash
-# Installs the Debian packages that building needs (libibverbs and librdmacm are loaded at run time, if present), and
-# those given as arguments. Exits 77 where that takes root.
+# Installs Debian packages: those given as arguments, where the word "build" stands for what building needs, as it does
+# without arguments. (libibverbs and librdmacm are loaded at run time, if present.) Exits 77 where that takes root.
 set -euo pipefail
-packages=(gcc g++ make cmake clang libclang-dev pkg-config python3 python3-venv procps curl ca-certificates "$@")
+building=(gcc g++ make cmake clang libclang-dev pkg-config python3 python3-venv procps curl ca-certificates)
+[[ $# -gt 0 ]] || set -- build
+packages=()
+for p in "$@"; do
+  if [[ $p == build ]]; then packages+=("${building[@]}"); else packages+=("$p"); fi
+done
 missing=()
 for p in "${packages[@]}"; do
   [[ $(dpkg-query -W -f='${db:Status-Status}' "$p" 2>/dev/null) == installed ]] || missing+=("$p")
