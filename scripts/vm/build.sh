@@ -1,6 +1,7 @@
 #!/bin/bash
 # Builds the VM bench: installs the Debian packages it needs, takes the newest Debian kernels whose source, headers
-# and image agree, builds their rtrs and rnbd modules (Debian ships none), and packs one initramfs per kernel.
+# and image agree, builds their rtrs and rnbd modules (Debian ships none), and packs one initramfs per kernel. Kernels of
+# newer Debians are built in their roots (scripts/peers.sh), with their compilers.
 # Everything made lands in build/vm/ and is kept; a second run only checks the stamps.
 set -euo pipefail
 
@@ -12,7 +13,8 @@ source "$here/common.sh"
 usage() {
   cat <<USAGE
 Usage: scripts/vm/build.sh [-k SERIES]... [--update] [--packages-only]
-  -k SERIES        kernel series to build, "6.12" or "6.1"; repeatable, default: ${VM_SERIES[*]}
+  -k SERIES        kernel series to build; repeatable, default: ${VM_SERIES[*]}. Those come from this host's archive, every
+                   other one ("7.2") from a newer Debian's, see scripts/peers.sh; "newest" is the newest one there
   --update         look for a newer kernel even if one is built already
   --packages-only  only install the Debian packages of the bench and of its scenarios
 First command: scripts/vm/build.sh && scripts/vm/run.sh kernel-loopback
@@ -69,53 +71,103 @@ install_packages() {
     { tail -n 30 "$vm/logs/apt.log" >&2; vm_die "apt-get install failed, see $vm/logs/apt.log"; }
 }
 
-# discover SERIES: prints "KVER PACKAGE_VERSION" of the newest version that linux-source, -headers and -image share.
+# An archive is where the packages of a kernel come from: "host", or a suite whose root scripts/peers.sh makes. in_archive
+# ARCHIVE COMMAND...: runs a command there; build/ is at the same path.
+in_archive() {
+  local archive=$1
+  shift
+  if [[ $archive == host ]]; then "$@"; else "$root/scripts/peers.sh" run "$archive" "$@"; fi
+}
+
+# offers ARCHIVE SERIES: it has the source of the series.
+offers() { in_archive "$1" apt-cache madison "linux-source-$2" 2>/dev/null | grep -q .; }
+
+# update_archive ARCHIVE: makes it, and renews its lists of packages.
+update_archive() {
+  if [[ $1 == host ]]; then
+    apt_update_once
+  else
+    "$root/scripts/peers.sh" build "$1"
+    in_archive "$1" apt-get -qq -o APT::Sandbox::User=root update
+  fi
+}
+
+# archive_of SERIES: prints the archive that has it.
+archive_of() {
+  local suite
+  if [[ " ${VM_SERIES[*]} " == *" $1 "* ]]; then
+    update_archive host >&2
+    echo host
+    return
+  fi
+  for suite in sid trixie; do
+    update_archive "$suite" >&2
+    offers "$suite" "$1" && { echo "$suite"; return; }
+  done
+  vm_die "neither this host's archive nor those of scripts/peers.sh offer Linux $1"
+}
+
+# newest_series: prints the series of unstable's kernel, "7.2".
+newest_series() {
+  update_archive sid >&2
+  in_archive sid apt-cache madison linux-image-amd64 | awk '{print $3}' | sort -V | tail -n 1 | cut -d. -f1-2
+}
+
+# discover ARCHIVE SERIES: prints "KVER PACKAGE_VERSION" of the newest version that source, headers and kernel share. The
+# kernel is in linux-image-KVER-unsigned, or, since 7.x, in linux-binary-KVER.
 discover() {
-  local series=$1 pattern=${1//./\\.} names versions packages=() n
-  names=$(apt-cache pkgnames linux-headers- | grep -E "^linux-headers-$pattern\.[0-9].*-amd64$" |
+  local archive=$1 series=$2 pattern=${2//./\\.} names versions packages=() n
+  names=$(in_archive "$archive" apt-cache pkgnames linux-headers- | grep -E "^linux-headers-$pattern\.[0-9].*-amd64$" |
     grep -Ev -- '-(cloud|rt)-amd64$' | sed 's/^linux-headers-//') || true
-  versions=$(apt-cache madison "linux-source-$series" 2>/dev/null | awk '{print $3}' | sort -u) || true
+  versions=$(in_archive "$archive" apt-cache madison "linux-source-$series" 2>/dev/null | awk '{print $3}' | sort -u) || true
   [[ -n $names && -n $versions ]] ||
     vm_die "apt offers no linux $series; Debian 12 has it in bookworm, bookworm-security or bookworm-backports"
-  for n in $names; do packages+=("linux-headers-$n" "linux-image-$n-unsigned"); done
+  for n in $names; do packages+=("linux-headers-$n" "linux-image-$n-unsigned" "linux-binary-$n"); done
   # One table of "package version"; of it, the names whose two packages both exist at a version of the source.
-  apt-cache madison "${packages[@]}" 2>/dev/null |
+  in_archive "$archive" apt-cache madison "${packages[@]}" 2>/dev/null |
     awk -v sources="$versions" '
       BEGIN { n = split(sources, list, "\n"); for (i = 1; i <= n; i++) source[list[i]] = 1 }
       $3 in source {
-        k = $1; sub(/^linux-(headers|image)-/, "", k); sub(/-unsigned$/, "", k)
+        k = $1; sub(/^linux-(headers|image|binary)-/, "", k); sub(/-unsigned$/, "", k)
         kind = ($1 ~ /headers/) ? 1 : 2
         if (!(seen[k, $3, kind]++) && seen[k, $3, 3 - kind]) print k, $3
       }' | sort -k2,2V | tail -n 1
 }
 
-# fetch DIR PACKAGE=VERSION: downloads and unpacks a package into DIR without installing it.
+# fetch ARCHIVE DIR PACKAGE=VERSION: downloads and unpacks a package into DIR without installing it.
 fetch() {
-  local dir=$1 package=$2 tmp
+  local archive=$1 dir=$2 package=$3 tmp
   tmp=$(mktemp -d "$vm/fetch.XXXXXX")
-  (cd "$tmp" && apt_get download "$package") || vm_die "apt-get download $package failed"
+  (cd "$tmp" && in_archive "$archive" apt-get -qq -o APT::Sandbox::User=root download "$package") ||
+    vm_die "apt-get download $package failed"
   mkdir -p "$dir"
   dpkg -x "$tmp"/*.deb "$dir"
   rm -rf "$tmp"
 }
 
-# fetch_kernel KVER VERSION DIR: vmlinuz and modules of the image package into DIR.
+# fetch_kernel ARCHIVE KVER VERSION DIR: vmlinuz and modules into DIR. Since 7.x they are in three packages, below usr/lib.
 fetch_kernel() {
-  local kver=$1 version=$2 dir=$3
+  local archive=$1 kver=$2 version=$3 dir=$4 part
   [[ -e $dir/.kernel ]] && return
-  vm_say "$kver: download the image"
-  fetch "$dir/image" "linux-image-$kver-unsigned=$version"
-  ln -sfn "image/boot/vmlinuz-$kver" "$dir/vmlinuz"
+  vm_say "$kver: download the kernel"
+  if in_archive "$archive" apt-cache madison "linux-binary-$kver" | grep -q .; then
+    for part in binary modules base; do fetch "$archive" "$dir/image" "linux-$part-$kver=$version"; done
+    [[ -e $dir/image/lib ]] || ln -s usr/lib "$dir/image/lib"
+    ln -sfn "image/usr/lib/modules/$kver/vmlinuz" "$dir/vmlinuz"
+  else
+    fetch "$archive" "$dir/image" "linux-image-$kver-unsigned=$version"
+    ln -sfn "image/boot/vmlinuz-$kver" "$dir/vmlinuz"
+  fi
   touch "$dir/.kernel"
 }
 
-# fetch_source SERIES VERSION DIR: only the two drivers, side by side, out of Debian's patched source.
+# fetch_source ARCHIVE SERIES VERSION DIR: only the two drivers, side by side, out of Debian's patched source.
 fetch_source() {
-  local series=$1 version=$2 dir=$3 tmp
+  local archive=$1 series=$2 version=$3 dir=$4 tmp
   [[ -e $dir/.source ]] && return
   vm_say "linux-source-$series $version: download, unpack rtrs and rnbd"
   tmp=$(mktemp -d "$vm/source.XXXXXX")
-  fetch "$tmp" "linux-source-$series=$version"
+  fetch "$archive" "$tmp" "linux-source-$series=$version"
   rm -rf "$dir/src"
   mkdir -p "$dir/src"
   tar -xJf "$tmp/usr/src/linux-source-$series.tar.xz" -C "$tmp" \
@@ -126,24 +178,36 @@ fetch_source() {
 }
 
 kbuild() {
-  local kver=$1 log=$2
-  shift 2
-  make -s -j"$(nproc)" -C "/usr/src/linux-headers-$kver" "$@" modules >>"$log" 2>&1 ||
+  local archive=$1 kver=$2 log=$3
+  shift 3
+  in_archive "$archive" make -s -j"$(nproc)" -C "/usr/src/linux-headers-$kver" "$@" modules >>"$log" 2>&1 ||
     { tail -n 30 "$log" >&2; vm_die "module build failed, see $log"; }
 }
 
-# build_modules KVER VERSION DIR: rtrs-* and rnbd-* into the unpacked image's module tree, so that modprobe knows them.
+# install_headers ARCHIVE KVER VERSION: and the compiler that goes with them.
+install_headers() {
+  local archive=$1 kver=$2 version=$3
+  if [[ $archive == host ]]; then
+    install_packages "linux-headers-$kver"
+    [[ $(dpkg-query -W -f='${Version}' "linux-headers-$kver") == "$version" ]] ||
+      apt_get install -y --allow-downgrades "linux-headers-$kver=$version" >/dev/null
+  else
+    "$root/scripts/peers.sh" install "$archive" make "linux-headers-$kver"
+  fi
+}
+
+# build_modules ARCHIVE KVER VERSION DIR: rtrs-* and rnbd-* into the unpacked kernel's module tree, so that modprobe knows
+# them.
 build_modules() {
-  local kver=$1 version=$2 dir=$3 src=$3/src log=$vm/logs/modules-$1.log extra
+  local archive=$1 kver=$2 version=$3 dir=$4 src=$4/src log=$vm/logs/modules-$2.log extra
   [[ -e $dir/.modules ]] && return
-  install_packages "linux-headers-$kver"
-  [[ $(dpkg-query -W -f='${Version}' "linux-headers-$kver") == "$version" ]] ||
-    apt_get install -y --allow-downgrades "linux-headers-$kver=$version" >/dev/null
+  install_headers "$archive" "$kver" "$version"
   vm_say "$kver: build the rtrs and rnbd modules"
   : >"$log"
-  kbuild "$kver" "$log" M="$src/rtrs" CONFIG_INFINIBAND_RTRS=m CONFIG_INFINIBAND_RTRS_CLIENT=m CONFIG_INFINIBAND_RTRS_SERVER=m
+  kbuild "$archive" "$kver" "$log" M="$src/rtrs" CONFIG_INFINIBAND_RTRS=m CONFIG_INFINIBAND_RTRS_CLIENT=m \
+    CONFIG_INFINIBAND_RTRS_SERVER=m
   # rnbd's Makefile reaches rtrs by a path below the kernel tree, which the headers package does not have.
-  kbuild "$kver" "$log" M="$src/rnbd" ccflags-y="-I$src/rtrs" KBUILD_EXTRA_SYMBOLS="$src/rtrs/Module.symvers" \
+  kbuild "$archive" "$kver" "$log" M="$src/rnbd" ccflags-y="-I$src/rtrs" KBUILD_EXTRA_SYMBOLS="$src/rtrs/Module.symvers" \
     CONFIG_BLK_DEV_RNBD_CLIENT=m CONFIG_BLK_DEV_RNBD_SERVER=m
   extra=$dir/image/lib/modules/$kver/extra
   mkdir -p "$extra"
@@ -178,26 +242,36 @@ build_initramfs() {
 }
 
 build_series() {
-  local series=$1 kver version found
+  local series=$1 archive kver version found
   if [[ -n $update || ! -e $vm/kernel-$series ]]; then
-    apt_update_once
-    found=$(discover "$series")
-    [[ -n $found ]] || vm_die "no version of linux $series has source, headers and unsigned image alike"
-    echo "$found" >"$vm/kernel-$series.new"
+    archive=$(archive_of "$series")
+    found=$(discover "$archive" "$series")
+    [[ -n $found ]] || vm_die "no version of linux $series has source, headers and kernel alike"
+    echo "$found $archive" >"$vm/kernel-$series.new"
     mv "$vm/kernel-$series.new" "$vm/kernel-$series"
   fi
-  read -r kver version <"$vm/kernel-$series"
-  fetch_kernel "$kver" "$version" "$vm/$kver"
-  fetch_source "$series" "$version" "$vm/$kver"
-  build_modules "$kver" "$version" "$vm/$kver"
+  read -r kver version archive <"$vm/kernel-$series"
+  fetch_kernel "$archive" "$kver" "$version" "$vm/$kver"
+  fetch_source "$archive" "$series" "$version" "$vm/$kver"
+  build_modules "$archive" "$kver" "$version" "$vm/$kver"
   build_initramfs "$kver" "$vm/$kver"
   vm_say "$series: $kver is ready in ${vm#"$root"/}/$kver"
+}
+
+# build_newest: whatever series that is today; run.sh -k newest finds it by the link.
+build_newest() {
+  local newest
+  newest=$(readlink "$vm/kernel-newest" 2>/dev/null) || newest=
+  newest=${newest#kernel-}
+  if [[ -n $update || -z $newest ]]; then newest=$(newest_series); fi
+  build_series "$newest"
+  ln -sfn "kernel-$newest" "$vm/kernel-newest"
 }
 
 series=() update='' packages_only=''
 while [[ $# -gt 0 ]]; do
   case $1 in
-    -k) [[ $# -ge 2 ]] || vm_die "-k needs a kernel series: ${VM_SERIES[*]}"; series+=("$2"); shift ;;
+    -k) [[ $# -ge 2 ]] || vm_die "-k needs a kernel series: ${VM_SERIES[*]}, newest, …"; series+=("$2"); shift ;;
     --update) update=yes ;;
     --packages-only) packages_only=yes ;;
     -h | --help) usage; exit 0 ;;
@@ -214,4 +288,6 @@ exec 9>"$vm/.lock"
 flock -n 9 || { vm_say "another build.sh runs, waiting for it"; flock 9; }
 install_packages "${packages[@]}"
 [[ -n $packages_only ]] && exit 0
-for s in "${series[@]}"; do build_series "$s"; done
+for s in "${series[@]}"; do
+  if [[ $s == newest ]]; then build_newest; else build_series "$s"; fi
+done

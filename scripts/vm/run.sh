@@ -13,8 +13,9 @@ usage() {
   cat <<USAGE
 Usage: scripts/vm/run.sh [options] SCENARIO [ARGUMENT...]
        scripts/vm/run.sh --list | [options] --shell
-  -k SERIES      kernel series: ${VM_SERIES[*]} (default ${VM_SERIES[0]})
-  -t SECONDS     kill the guest after this long (default: the scenario's "# timeout:" line, else 300)
+  -k SERIES      kernel series: ${VM_SERIES[*]} (default ${VM_SERIES[0]}), newest, or one of a newer Debian, such as 7.2
+  -t SECONDS     how long the scenario takes at most (default: its "# timeout:" line, else 300). The guest is killed after
+                 twice that, times TIME_SCALE: how much slower than usual this machine is (scripts/test.sh measures it)
   -n NET         where the server's side is: rxe (default), soft, tap; see scripts/vm/net.sh
   -o KEY=VALUE   environment variable for the scenario; repeatable
   -s CPUS        virtual CPUs (default 2)
@@ -70,15 +71,17 @@ else
   shift
 fi
 [[ -n $limit ]] || limit=$(sed -n 's/^# timeout: *\([0-9]*\).*/\1/p' "$script" | head -n 1)
-limit=${limit:-300}
+# It ends what hangs, nothing else: no verdict depends on it.
+limit=$((${limit:-300} * 2 * ${TIME_SCALE:-1}))
 
 if [[ ! -e $vm/kernel-$series ]] || ! command -v qemu-system-x86_64 >/dev/null; then
   "$here/build.sh" -k "$series"
 fi
 read -r kver _ <"$vm/kernel-$series"
+[[ $series != newest ]] || { series=$(readlink "$vm/kernel-newest"); series=${series#kernel-}; }
 dir=$vm/$kver name=$scenario-$kver
 [[ $net == rxe ]] || name+=-$net
-for kv in "${env[@]}"; do [[ $kv != VM_* ]] || name+=-${kv//[^A-Za-z0-9_=.]/}; done
+for kv in "${env[@]}"; do name+=-${kv//[^A-Za-z0-9_=.]/}; done
 log=$vm/logs/$name.log console=$vm/logs/$name.console.log out=$vm/out/$name
 [[ -e $dir/initrd.gz ]] || "$here/build.sh" -k "$series"
 mkdir -p "$vm/logs"
@@ -129,7 +132,7 @@ trap 'exit 130' INT TERM
   printf 'mkdir -p %q && mount --bind %q %q\n' "/lib/modules/$kver" "$dir/image/lib/modules/$kver" "/lib/modules/$kver"
   printf 'export VM_DIR=%q REPO_DIR=%q BIN_DIR=%q TEST_DIR=%q OUT_DIR=%q VM_SCENARIO=%q VM_SERIES_BOOTED=%q\n' \
     "$here" "$root" "$root/build/release" "$root/build/debug" /run/job/out "$scenario" "$series"
-  printf 'export VM_NET=%q HOST_JOB_DIR=%q\n' "$net" "$job"
+  printf 'export VM_NET=%q HOST_JOB_DIR=%q TIME_SCALE=%q\n' "$net" "$job" "${TIME_SCALE:-1}"
   for kv in "${env[@]}"; do printf 'export %s=%q\n' "${kv%%=*}" "${kv#*=}"; done
   echo 'cd /root'
   printf 'exec /bin/bash %q' "$script"
