@@ -75,7 +75,7 @@ start_initiator() {
   # shellcheck disable=SC2046 # a list of words
   $(_initiator_prefix) "$BIN_DIR/rnbd-initiator" -c "$config" -r "$INITIATOR_SOCK" "$@" >>"$INITIATOR_LOG" 2>&1 </dev/null &
   INITIATOR_PID=$!
-  if ! wait_for 30 _initiator_up_or_dead || _is_dead "$INITIATOR_PID"; then
+  if ! wait_for _initiator_up_or_dead || _is_dead "$INITIATOR_PID"; then
     tail -n 20 "$INITIATOR_LOG" | sed 's/^/    initiator| /'
     die "rnbd-initiator did not come up with $config"
   fi
@@ -85,11 +85,11 @@ _initiator_up_or_dead() { _is_dead "$INITIATOR_PID" || irpc framework_wait_init;
 # irpc METHOD [JSON_PARAMS]: as rpc, of the initiator.
 irpc() { "$VM_DIR/rpc.py" "$INITIATOR_SOCK" "$@"; }
 
-# stop_initiator: SIGTERM, and a check that it ends within 30 s with status 0. kill_initiator: SIGKILL, as a crash.
+# stop_initiator: SIGTERM, and a check that it ends, with status 0. kill_initiator: SIGKILL, as a crash.
 stop_initiator() {
   local rc=0
   kill -TERM "$INITIATOR_PID"
-  wait_for 30 _is_dead "$INITIATOR_PID" || kill -KILL "$INITIATOR_PID"
+  wait_for _is_dead "$INITIATOR_PID" || kill -KILL "$INITIATOR_PID"
   wait "$INITIATOR_PID" || rc=$?
   INITIATOR_PID=
   check_eq "the initiator stops on SIGTERM with status 0" "$rc" 0
@@ -111,7 +111,7 @@ start_export() {
     ublk)
       [[ -e /dev/ublkb${UBLK_ID:=0} ]] || irpc ublk_create_target '{}' >/dev/null 2>&1
       irpc ublk_start_disk "{\"bdev_name\": \"$2\", \"ublk_id\": $UBLK_ID${3:+, $3}}" >/dev/null || return
-      wait_for 10 test -b "/dev/ublkb$UBLK_ID" || return
+      wait_for test -b "/dev/ublkb$UBLK_ID" || return
       echo "/dev/ublkb$UBLK_ID"
       ;;
   esac

@@ -4,7 +4,7 @@
 # need_nbd: ends the scenario as skipped where the kernel has no driver. No udev runs here, so nobody opens the devices.
 need_nbd() {
   modprobe nbd 2>/dev/null || skip "no nbd in kernel $(uname -r)"
-  must wait_for 10 test -b /dev/nbd0
+  must wait_for test -b /dev/nbd0
 }
 
 # nbd_config [CALLS]: the configuration of the scenarios, with more calls at its end, on standard output.
@@ -48,5 +48,5 @@ for call, argument in ((0xab00, kernels.fileno()), (0xab01, 512), (0xab07, 2048)
     fcntl.ioctl(fd, call, argument)' "/dev/nbd$1" &
   # shellcheck disable=SC2034 # for the scenario
   FOREIGN_PID=$!
-  wait_for 60 test -e "/sys/block/nbd$1/pid"
+  wait_for test -e "/sys/block/nbd$1/pid"
 }

@@ -48,13 +48,14 @@ setup_net() {
 # programs: see initiator.sh.
 _server_prefix() { [[ $VM_NET != soft || -n ${SWAP_ENDS:-} ]] || echo ip netns exec server; }
 
-# on_server SCRIPT: runs a shell script on the server's side; its output and status are the script's.
+# on_server SCRIPT [ARGUMENT...]: runs a shell script on the server's side; its output and status are the script's. The first
+# ARGUMENT is $0 there.
 on_server() {
   if [[ $VM_NET == tap ]]; then
-    _on_host "$1"
+    _on_host "$@"
   else
     # shellcheck disable=SC2046 # a list of words
-    $(_server_prefix) bash -c "$1"
+    $(_server_prefix) bash -c "$@"
   fi
 }
 
@@ -62,7 +63,10 @@ on_server() {
 _on_host() {
   local ask rc
   ask=$(mktemp /run/job/host/ask.XXXXXX)
-  printf '%s\n' "$1" >"$ask"
+  {
+    [[ $# -lt 3 ]] || printf 'set -- %s\n' "${*:3}"
+    printf '%s\n' "$1"
+  } >"$ask"
   mv "$ask" "$ask.sh"
   until [[ -s $ask.rc ]]; do sleep 0.02; done
   rc=$(cat "$ask.rc")

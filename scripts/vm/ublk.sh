@@ -11,7 +11,7 @@ UBLK_CPUMASK=${UBLK_CPUMASK:-0x3}
 # need_ublk: ends the scenario as skipped where the kernel has no driver.
 need_ublk() {
   modprobe ublk_drv 2>/dev/null || skip "no ublk_drv in kernel $(uname -r)"
-  must wait_for 10 test -c /dev/ublk-control
+  must wait_for test -c /dev/ublk-control
   UBLK_PROGRAM=$BIN_DIR/rnbd-initiator
   [[ -x $UBLK_PROGRAM ]] || die "$UBLK_PROGRAM is missing: cargo build --release, or -o BIN_DIR=…"
 }
@@ -20,7 +20,7 @@ need_ublk() {
 start_ublk() {
   "$UBLK_PROGRAM" -r "$UBLK_SOCK" -m "$UBLK_CPUMASK" "$@" >>"$UBLK_LOG" 2>&1 </dev/null &
   UBLK_PID=$!
-  if ! wait_for 30 _ublk_up_or_dead || _is_dead "$UBLK_PID"; then
+  if ! wait_for _ublk_up_or_dead || _is_dead "$UBLK_PID"; then
     tail -n 20 "$UBLK_LOG" | sed 's/^/    ublk| /'
     die "$UBLK_PROGRAM did not come up"
   fi
@@ -45,15 +45,15 @@ refused() {
 
 # start_disk BDEV ID [JSON_MEMBERS]: makes /dev/ublkbID. stop_disk ID: returns when the kernel has forgotten it.
 start_disk() {
-  urpc ublk_start_disk "{\"bdev_name\": \"$1\", \"ublk_id\": $2${3:+, $3}}" >/dev/null && wait_for 10 test -b "/dev/ublkb$2"
+  urpc ublk_start_disk "{\"bdev_name\": \"$1\", \"ublk_id\": $2${3:+, $3}}" >/dev/null && wait_for test -b "/dev/ublkb$2"
 }
 stop_disk() { urpc ublk_stop_disk "{\"ublk_id\": $1}" >/dev/null && [[ ! -e /sys/block/ublkb$1 && ! -e /sys/class/ublk-char/ublkc$1 ]]; }
 
-# stop_ublk: SIGTERM, and a check that it ends within 30 s with status 0. kill_ublk: SIGKILL, as a crash.
+# stop_ublk: SIGTERM, and a check that it ends, with status 0. kill_ublk: SIGKILL, as a crash.
 stop_ublk() {
   local rc=0
   kill -TERM "$UBLK_PID"
-  wait_for 30 _is_dead "$UBLK_PID" || kill -KILL "$UBLK_PID"
+  wait_for _is_dead "$UBLK_PID" || kill -KILL "$UBLK_PID"
   wait "$UBLK_PID" || rc=$?
   UBLK_PID=
   check_eq "the program stops on SIGTERM with status 0" "$rc" 0

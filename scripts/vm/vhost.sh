@@ -25,7 +25,7 @@ plug() {
   # Its place in QEMU's object tree does not tell its name in the guest; the serial number is the bdev's.
   dev=$(rpc vhost_get_controllers "{\"name\":\"$HOST_JOB_DIR/$name\"}" |
     python3 -c 'import json,sys; print(json.load(sys.stdin)[0]["backend_specific"]["block"]["bdev"])') || return 1
-  wait_for 30 _find_serial "$dev" || { echo "no disk with serial $dev" >&2; return 1; }
+  wait_for _find_serial "$dev" || { echo "no disk with serial $dev" >&2; return 1; }
   _find_serial "$dev"
 }
 
@@ -44,13 +44,13 @@ _find_serial() {
 unplug() {
   local name=$1 dev=$2
   qmp device_del "{\"id\":\"d-$name\"}" >/dev/null || return 1
-  wait_for 30 test ! -e "$dev" || return 1
-  wait_for 30 qmp chardev-remove "{\"id\":\"c-$name\"}"
+  wait_for test ! -e "$dev" || return 1
+  wait_for qmp chardev-remove "{\"id\":\"c-$name\"}"
 }
 
 # kill_target: as a crash would; start_target starts it again.
 kill_target() {
   must on_server "kill -KILL $TARGET_PID"
-  wait_for 10 _target_dead || die "the target survived"
+  wait_for _target_dead || die "the target survived"
 }
 _target_dead() { ! on_server "kill -0 $TARGET_PID"; }

@@ -1,8 +1,8 @@
 #!/bin/bash
 # What the README shows: an unmodified kernel client maps a disk of rnbd-target, a file system and fio run on it.
 # timeout: 280
-# ci: 6.12 6.1 6.12/tap
-# more: 6.1/soft,VM_MTU=1500
+# ci: 6.12/tap
+# long: 6.12 6.1 6.1/soft,VM_MTU=1500 newest
 source "$VM_DIR/lib.sh"
 setup_net 1
 # The shipped example as it is, listening on every address that has an RDMA device behind it.

@@ -1,8 +1,7 @@
 #!/bin/bash
 # rnbd-initiator is killed with -9 under verified load and started again: the device survives, no error reaches fio.
 # timeout: 500
-# ci: 6.12
-# more: 6.12/rxe,REMOTE=kernel
+# long: 6.12 6.12/rxe,REMOTE=kernel
 source "$VM_DIR/lib.sh"
 setup_remote 1
 
@@ -12,7 +11,7 @@ crash() {
   say "$export"
   initiator_config 1 '"reconnect_delay_sec": 1' >/run/initiator.json
   start_initiator /run/initiator.json
-  check "the bdev is there" irpc bdev_get_bdevs '{"name": "Remote0", "timeout": 20000}'
+  check "the bdev is there" irpc bdev_get_bdevs '{"name": "Remote0", "timeout": 150000}'
   dev=$(start_export "$export" Remote0 "$more") || { fail "$export export"; return; }
   must save_config /run/saved.json
   start_load "$dev" 4k
@@ -21,7 +20,7 @@ crash() {
     kill_initiator
     sleep 2
     start_initiator /run/saved.json
-    wait_for 60 load_moves || bad=$((bad + 1))
+    wait_for load_moves || bad=$((bad + 1))
   done
   check_eq "3 times: killed, started again, I/O goes on" "$bad" 0
   check "no error reached fio" stop_load

@@ -1,8 +1,7 @@
 #!/bin/bash
 # rnbd-initiator map …: a disk as a kernel device in one command; what is refused, a server that goes and comes, Ctrl-C.
 # timeout: 600
-# ci: none
-# more: 6.12 6.12/rxe,REMOTE=kernel 6.1
+# long: 6.12 6.12/rxe,REMOTE=kernel 6.1
 source "$VM_DIR/lib.sh"
 setup_remote 1
 OUT=$OUT_DIR/map.out ERR=$OUT_DIR/map.err
@@ -13,7 +12,7 @@ start_map() {
   : >"$OUT"
   $(_initiator_prefix) "$BIN_DIR/rnbd-initiator" map "${words[@]}" "$@" >"$OUT" 2>"$ERR" </dev/null &
   INITIATOR_PID=$!
-  wait_for 60 said_or_dead '^ready: '
+  wait_for said_or_dead '^ready: '
   DEV=$(sed -n 's/^ready: \([^ ]*\) .*/\1/p' "$OUT")
   [[ -n $DEV ]] || { cat "$OUT" "$ERR"; return 1; }
 }
@@ -23,7 +22,7 @@ said() { grep -q -- "$1" "$OUT"; }
 stop_map() {
   local rc=0
   kill -INT "$INITIATOR_PID"
-  wait_for 30 _is_dead "$INITIATOR_PID"
+  wait_for _is_dead "$INITIATOR_PID"
   wait "$INITIATOR_PID" || rc=$?
   INITIATOR_PID=
   check_eq "SIGINT ends it with status 0" "$rc" 0
@@ -33,7 +32,7 @@ stop_map() {
 refused() {
   local name=$1 word=$2 rc=0
   shift 2
-  $(_initiator_prefix) timeout 60 "$BIN_DIR/rnbd-initiator" map "$@" >"$OUT" 2>"$ERR" </dev/null || rc=$?
+  $(_initiator_prefix) timeout $HANG_LIMIT "$BIN_DIR/rnbd-initiator" map "$@" >"$OUT" 2>"$ERR" </dev/null || rc=$?
   check_eq "$name: status 1" "$rc" 1
   check "$name: '$word' is said" grep -q -- "$word" "$ERR" || cat "$ERR"
 }
@@ -53,9 +52,9 @@ for export in nbd ublk; do
   fi
   if [[ $REMOTE == target ]]; then
     kill_remote
-    check "the loss is told" wait_for 60 said 'I/O waits'
+    check "the loss is told" wait_for said 'I/O waits'
     start_remote
-    check "the return is told" wait_for 60 said 'connected again'
+    check "the return is told" wait_for said 'connected again'
     check "it reads" dd if="$DEV" of=/dev/null bs=64k count=16 iflag=direct status=none
   fi
   stop_map

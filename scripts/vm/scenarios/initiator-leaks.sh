@@ -1,8 +1,7 @@
 #!/bin/bash
 # 50 map, export, use, stop, unmap cycles of each export leave no device, session, descriptor or memory behind.
 # timeout: 600
-# ci: 6.12
-# more: 6.12/soft 6.1
+# long: 6.12 6.12/soft 6.1
 source "$VM_DIR/lib.sh"
 setup_remote 1
 echo '{"subsystems": []}' >/run/initiator.json

@@ -1,13 +1,13 @@
 #!/bin/bash
 # rnbd-initiator maps a disk of the kernel's server or of rnbd-target, as /dev/nbdN and /dev/ublkbN; everything is verified.
 # timeout: 500
-# ci: 6.12 6.12/rxe,REMOTE=kernel
-# more: 6.12/soft 6.12/soft,REMOTE=kernel 6.12/rxe,REMOTE=kernel-static 6.1
+# ci: 6.12/rxe,REMOTE=kernel
+# long: 6.12 6.12/soft 6.12/soft,REMOTE=kernel 6.12/rxe,REMOTE=kernel-static 6.1 newest newest/rxe,REMOTE=kernel
 source "$VM_DIR/lib.sh"
 setup_remote 1
 initiator_config 1 >/run/initiator.json
 start_initiator /run/initiator.json
-check "the bdev is there" irpc bdev_get_bdevs '{"name": "Remote0", "timeout": 20000}'
+check "the bdev is there" irpc bdev_get_bdevs '{"name": "Remote0", "timeout": 150000}'
 
 zeroes() { cmp -n "$2" "$1" /dev/zero; }
 filled() { ! cmp -s -n "$2" "$1" /dev/zero; }
@@ -33,7 +33,7 @@ use_disk() {
   check "what was written is there" filled "$dev" 4194304
 
   echo 'start=2048, size=65536, type=83' | sfdisk -q "$dev" || fail "sfdisk $dev"
-  check "the partition is seen" wait_for 10 test -b "${dev}p1"
+  check "the partition is seen" wait_for test -b "${dev}p1"
   check "mkfs.ext4 ${dev}p1" mkfs.ext4 -q -F "${dev}p1"
   mkdir -p /mnt/disk
   must mount "${dev}p1" /mnt/disk

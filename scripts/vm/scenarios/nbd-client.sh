@@ -1,8 +1,8 @@
 #!/bin/bash
 # The kernel's NBD client (nbd-client) on rnbd-target's NBD server, by TCP and unix socket: file system, verified load, ro.
 # timeout: 300
-# ci: 6.1
-# more: 6.12
+# ci: 6.12
+# long: 6.1 newest
 source "$VM_DIR/lib.sh"
 command -v nbd-client >/dev/null || die "nbd-client is missing: scripts/vm/build.sh installs it"
 must modprobe nbd nbds_max=4
@@ -40,7 +40,7 @@ use() { # TEXT NBD_CLIENT_ARGUMENT...
   check "$text: the files are the same" diff -r "$REPO_DIR/nbd-proto/src" /mnt/n/src
   must umount /mnt/n
   check "$text: disconnect" nbd-client -d /dev/nbd0
-  check "$text: the device is free" wait_for 10 bash -c '! nbd-client -c /dev/nbd0'
+  check "$text: the device is free" wait_for bash -c '! nbd-client -c /dev/nbd0'
 }
 use "TCP, 2 connections" 127.0.0.1 10809 -N disk -C 2 -b 512
 use "unix socket" -unix /run/nbd.sock -N disk -b 4096

@@ -1,9 +1,7 @@
 #!/bin/bash
 # Kernel NBD devices: file systems, verified I/O, discard, zeroes, flush, partitions, read-only, resize.
 # timeout: 600
-# 6.12 is to be run again in the present form.
-# ci: 6.1
-# more: 6.12
+# long: 6.1 6.12 newest
 source "$VM_DIR/lib.sh"
 source "$VM_DIR/nbd.sh"
 need_nbd
@@ -64,7 +62,7 @@ for control in netlink ioctl; do
   truncate -s +32M /scratch/disk.img
   must rpc bdev_uring_rescan '{"name": "File0"}' >/dev/null
   grown() { [[ $(blockdev --getsize64 /dev/nbd1) == $(stat -c %s /scratch/disk.img) ]]; }
-  check "$control: the device grows too" wait_for 5 grown
+  check "$control: the device grows too" wait_for grown
   check "$control: its end is read" dd if=/dev/nbd1 of=/dev/null bs=1M skip=$(($(stat -c %s /scratch/disk.img) / 1048576 - 1)) count=1 iflag=direct status=none
   must stop_disk 1
 done

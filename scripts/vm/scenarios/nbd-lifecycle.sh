@@ -1,8 +1,7 @@
 #!/bin/bash
 # Kernel NBD devices: never somebody else's, gone when they are stopped by whomever, and nothing of them is left.
 # timeout: 600
-# ci: none
-# more: 6.12 6.1
+# long: 6.12 6.1
 source "$VM_DIR/lib.sh"
 source "$VM_DIR/nbd.sh"
 need_nbd
@@ -17,10 +16,10 @@ say "devices that are somebody else's"
 must foreign_device 5
 refused "made by somebody else" "made by process $FOREIGN_PID (python3)" nbd_start_disk '{"bdev_name": "File0", "nbd_device": "/dev/nbd5"}'
 kill "$FOREIGN_PID"
-must wait_for 60 is_free 5
+must wait_for is_free 5
 python3 -c 'import time; fd = open("/dev/nbd6"); time.sleep(600)' &
 opener=$!
-must wait_for 60 bash -c "readlink /proc/$opener/fd/* | grep -q nbd6"
+must wait_for bash -c "readlink /proc/$opener/fd/* | grep -q nbd6"
 for control in netlink ioctl; do
   refused "just open, $control" "process $opener (python3) has /dev/nbd6 open" nbd_start_disk \
     "{\"bdev_name\": \"File0\", \"nbd_device\": \"/dev/nbd6\", \"control\": \"$control\"}"
@@ -32,7 +31,7 @@ refused "served already" "serves bdev File0 already" nbd_start_disk '{"bdev_name
 {"subsystems": [{"subsystem": "bdev", "config": [{"method": "bdev_null_create", "params": {"name": "N0", "num_blocks": 2048, "block_size": 512}}]}]}
 JSON
 second=$!
-must wait_for 60 "$VM_DIR/rpc.py" /run/second.sock framework_wait_init
+must wait_for "$VM_DIR/rpc.py" /run/second.sock framework_wait_init
 error=$("$VM_DIR/rpc.py" /run/second.sock nbd_start_disk '{"bdev_name": "N0", "nbd_device": "/dev/nbd7"}' 2>&1)
 check "another instance of the program leaves it alone, too" grep -q "belongs to process $TARGET_PID" <<<"$error"
 kill "$second"
@@ -42,12 +41,12 @@ refused "no such bdev" "no bdev named" nbd_start_disk '{"bdev_name": "Nix", "nbd
 say "disconnected by others"
 must python3 -c 'import fcntl, os; fcntl.ioctl(os.open("/dev/nbd7", os.O_RDONLY), 0xab08)'
 gone() { [[ $(rpc nbd_get_disks | tr -d ' \n') == "[]" ]]; }
-check "the disk is gone" wait_for 60 gone
-check "and so is the device" wait_for 60 is_free 7
+check "the disk is gone" wait_for gone
+check "and so is the device" wait_for is_free 7
 say "a bdev that is deleted"
 must start_disk Mem0 3
 must rpc bdev_malloc_delete '{"name": "Mem0"}' >/dev/null
-check "its device is gone" wait_for 60 is_free 3
+check "its device is gone" wait_for is_free 3
 
 say "50 times"
 # In one process: starting Python 150 times would take longer than all of it.
@@ -74,7 +73,7 @@ PYTHON
 check "50 times started, read and stopped" cycles
 check_eq "no descriptor is left" "$(target_fds)" "$fds"
 no_threads() { ! grep -h '^nbd' "/proc/$TARGET_PID"/task/*/comm; }
-check "no thread is left" wait_for 10 no_threads
+check "no thread is left" wait_for no_threads
 check_fails "no claim is left" bash -c 'ls /run/rnbd/nbd*'
 must start_disk File0 1
 stop_target

@@ -1,8 +1,7 @@
 #!/bin/bash
 # The target is killed with -9 under verified load on its kernel NBD device: the next run takes it over, no I/O fails.
 # timeout: 900
-# ci: none
-# more: 6.12 6.1
+# long: 6.12 6.1 newest
 source "$VM_DIR/lib.sh"
 source "$VM_DIR/nbd.sh"
 need_nbd
@@ -51,7 +50,7 @@ dd if=/dev/nbd4 of=/run/back bs=1M skip=3 count=4 iflag=direct status=none & rea
 start_target /run/bare.json
 refused "not for another bdev" "was bdev File0" nbd_start_disk '{"bdev_name": "Small0", "nbd_device": "/dev/nbd4"}'
 check "for the same bdev" start_disk File0 4 '"dead_conn_timeout_sec": 600'
-check "it has the new size" wait_for 10 sh -c "[ \$(blockdev --getsize64 /dev/nbd4) = $((96 << 20)) ]"
+check "it has the new size" wait_for sh -c "[ \$(blockdev --getsize64 /dev/nbd4) = $((96 << 20)) ]"
 rc=0
 wait "$reader" || rc=$?
 check_eq "the read that waited ends well" "$rc" 0
@@ -76,7 +75,7 @@ check "stop" stop_disk 4
 say "a device by ioctl ends with the program"
 must start_disk File0 6 '"control": "ioctl"'
 kill_target
-check "it is free" wait_for 15 is_free 6
+check "it is free" wait_for is_free 6
 start_target /run/bare.json
 check "and can be made again" start_disk File0 6
 must stop_disk 6

@@ -1,8 +1,7 @@
 #!/bin/bash
 # rnbd-initiator map path=nbd://…: disks of nbdkit, nbd-server and rnbd-target as kernel devices; servers killed under load.
 # timeout: 900
-# ci: 6.12
-# more: 6.1
+# long: 6.12 6.1
 source "$VM_DIR/lib.sh"
 # SERVERS (run.sh -o): only these.
 for tool in nbdkit nbd-server; do
@@ -42,7 +41,7 @@ start_server() {
     nbd-server) (ulimit -n 256 && nbd-server -C /run/nbd-server.conf -p /run/server.pid) ;;
     target) start_target /run/target.json && return ;;
   esac
-  wait_for 30 test -s /run/server.pid || die "$1 did not come up"
+  wait_for test -s /run/server.pid || die "$1 did not come up"
 }
 _kill() { # SIGNAL: nbd-server has a process for each client
   local pid pids
@@ -51,7 +50,7 @@ _kill() { # SIGNAL: nbd-server has a process for each client
   rm -f /run/server.pid
   # shellcheck disable=SC2086 # a list
   kill "-$1" "$pid" $pids 2>/dev/null
-  for pid in $pid $pids; do wait_for 30 _is_dead "$pid" || die "$SERVER does not end"; done
+  for pid in $pid $pids; do wait_for _is_dead "$pid" || die "$SERVER does not end"; done
 }
 kill_server() { if [[ $SERVER == target ]]; then kill_target; else _kill KILL; fi; }
 stop_server() { if [[ $SERVER == target ]]; then stop_target; else _kill TERM; fi; }
@@ -63,7 +62,7 @@ start_map() {
   : >"$OUT"
   "$BIN_DIR/rnbd-initiator" map "path=$uri" reconnect_delay_sec=1 "$@" >"$OUT" 2>"$ERR" </dev/null &
   INITIATOR_PID=$!
-  wait_for 60 ready_or_dead
+  wait_for ready_or_dead
   DEV=$(sed -n 's/^ready: \([^ ]*\) .*/\1/p' "$OUT")
   [[ -n $DEV ]] || { cat "$OUT" "$ERR"; return 1; }
 }
@@ -73,7 +72,7 @@ times_said() { [[ $(grep -c -- "$1" "$OUT") == "$2" ]]; }
 stop_map() {
   local rc=0
   kill -INT "$INITIATOR_PID"
-  wait_for 30 _is_dead "$INITIATOR_PID"
+  wait_for _is_dead "$INITIATOR_PID"
   wait "$INITIATOR_PID" || rc=$?
   INITIATOR_PID=
   check_eq "SIGINT ends it with status 0" "$rc" 0
@@ -107,10 +106,10 @@ survive() {
   check "I/O moves" load_moves
   for n in 1 2; do
     kill_server
-    check "the loss is told" wait_for 60 times_said 'I/O waits' "$n"
+    check "the loss is told" wait_for times_said 'I/O waits' "$n"
     sleep "$n"
     start_server "$SERVER"
-    check "the return is told" wait_for 60 times_said 'connected again' "$n"
+    check "the return is told" wait_for times_said 'connected again' "$n"
     check "I/O goes on" load_moves
   done
   check "no error reached fio, every block is right" stop_load

@@ -2,7 +2,7 @@
 # A disk of an NBD server as a guest's vhost-user-blk disk: verified load, file system, server and initiator killed with -9.
 # timeout: 600
 # qemu: vhost
-# ci: 6.12/tap
+# long: 6.12/tap
 source "$VM_DIR/lib.sh"
 source "$VM_DIR/vhost.sh"
 # rnbd-initiator runs on the host; this guest serves the disk that it uses, by TCP: with nbdkit, then with rnbd-target.
@@ -50,7 +50,7 @@ state_is() { [[ $(rpc bdev_nbd_get_devices | python3 -c 'import json, sys; print
 
 start_server nbdkit
 start_target /run/initiator.json
-check "the device is open" wait_for 30 state_is open
+check "the device is open" wait_for state_is open
 disk=$(plug remote '"num-queues":2') || die "plug"
 check_eq "its size" "$(blockdev --getsize64 "$disk")" $((128 << 20))
 check "fio verify 4k" fio_verify "$disk" 4k 4
@@ -72,10 +72,10 @@ check "I/O moves" load_moves
 for server in nbdkit rnbd-target rnbd-target; do
   say "the server is killed with -9; $server takes its place"
   end_server KILL
-  check "the loss is seen" wait_for 60 state_is closed
+  check "the loss is seen" wait_for state_is closed
   sleep 1
   start_server "$server"
-  check "it is connected again" wait_for 60 state_is open
+  check "it is connected again" wait_for state_is open
   check "I/O goes on" load_moves
 done
 say "the initiator is killed with -9"

@@ -1,5 +1,6 @@
 # Read-only is the target's word, not the client's: the kernel client's read-only map, and a client that ignores it.
 # timeout: 200
+# long: 6.12
 # shellcheck shell=bash
 # shellcheck source=scripts/vm/lib.sh
 source "$VM_DIR/lib.sh"

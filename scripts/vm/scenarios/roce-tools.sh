@@ -2,7 +2,7 @@
 # rping and perftest's tools over the kernel's rxe, against soft-roce's examples of the same names, each as server and as
 # client.
 # timeout: 600
-# ci: 6.12/soft
+# long: 6.12/soft
 # shellcheck source=scripts/vm/lib.sh
 source "$VM_DIR/lib.sh"
 examples=$TEST_DIR/examples
@@ -22,14 +22,14 @@ logs=$OUT_DIR
 example() {
   local log=$1 program=$2
   shift 2
-  on_server "timeout 90 '$examples/$program' --provider $provider $(printf '%q ' "$@") >'$logs/$log' 2>&1"
+  on_server "timeout $HANG_LIMIT '$examples/$program' --provider $provider $(printf '%q ' "$@") >'$logs/$log' 2>&1"
 }
 
 # tool LOG COMMAND...: on the client's side.
 tool() {
   local log=$1
   shift
-  timeout 90 "$@" >"$OUT_DIR/$log" 2>&1
+  timeout $HANG_LIMIT "$@" >"$OUT_DIR/$log" 2>&1
 }
 
 # both TEXT SERVER CLIENT: runs two commands, given as words: "example ..." or "tool ...". The server starts first.
@@ -39,7 +39,7 @@ both() {
   read -ra client <<<"$3"
   "${server[0]}" "$name.server" "${server[@]:1}" &
   # Our clients try again while nobody listens.
-  [[ ${server[0]} == tool ]] || wait_for 20 grep -q listening "$OUT_DIR/$name.server" || fail "$1: no server"
+  [[ ${server[0]} == tool ]] || wait_for grep -q listening "$OUT_DIR/$name.server" || fail "$1: no server"
   "${client[0]}" "$name.client" "${client[@]:1}"
   client_rc=$?
   wait $!

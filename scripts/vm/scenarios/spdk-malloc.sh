@@ -1,6 +1,7 @@
 #!/bin/bash
 # The kernel client on SPDK's malloc bdevs, a volume and an aio bdev of rnbd-target, with hugepages; fio verifies them.
 # timeout: 600
+# by hand: it needs an installed SPDK
 source "$VM_DIR/lib.sh"
 source "$VM_DIR/spdk.sh"
 need_spdk

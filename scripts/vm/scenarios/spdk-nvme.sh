@@ -1,6 +1,7 @@
 #!/bin/bash
 # An NVMe drive under SPDK's driver, by uio_pci_generic and by vfio without IOMMU, served to the kernel client: file system, fio verify.
 # timeout: 900
+# by hand: it needs an installed SPDK
 # qemu: nvme
 source "$VM_DIR/lib.sh"
 source "$VM_DIR/spdk.sh"
@@ -68,7 +69,7 @@ must modprobe nvme
 echo "$address" >"/sys/bus/pci/devices/$address/driver/unbind"
 echo nvme >"/sys/bus/pci/devices/$address/driver_override"
 echo "$address" >/sys/bus/pci/drivers_probe
-wait_for 20 test -b /dev/nvme0n1 || die "the kernel's driver does not find the drive"
+wait_for test -b /dev/nvme0n1 || die "the kernel's driver does not find the drive"
 must mount -o ro /dev/nvme0n1 /mnt
 check_eq "the file, by the kernel's driver" "$(md5sum </mnt/file)" "$sum"
 must umount /mnt

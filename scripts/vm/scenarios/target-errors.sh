@@ -1,7 +1,7 @@
 #!/bin/bash
 # Start-up errors of listeners: a busy port, a foreign address, no device, each end with one clear line and status 1.
 # timeout: 120
-# ci: 6.12 6.12/soft
+# long: 6.12 6.12/soft
 source "$VM_DIR/lib.sh"
 setup_net 1
 need_target
@@ -13,7 +13,7 @@ config() {
 # fails_with TEXT NAME: the program ends with status 1, and its only line on standard error has TEXT.
 fails_with() {
   local out rc=0
-  out=$(on_server "timeout 20 '$BIN_DIR/rnbd-target' -L ERROR -c '$(server_out_dir)/$2.json' -r /run/second.sock" 2>&1) || rc=$?
+  out=$(on_server "timeout $HANG_LIMIT '$BIN_DIR/rnbd-target' -L ERROR -c '$(server_out_dir)/$2.json' -r /run/second.sock" 2>&1) || rc=$?
   echo "$out"
   [[ $rc == 1 && $(wc -l <<<"$out") == 1 && $out == *"$1"* ]]
 }

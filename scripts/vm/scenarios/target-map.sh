@@ -2,7 +2,8 @@
 # The kernel client maps malloc, file and null bdevs of rnbd-target in every access mode; fio verifies them.
 # timeout: 400
 # A link that loses and reorders (VM_LOSSY) makes it slower by what the retransmission timers wait, 0.3 s each for rxe.
-# ci: 6.12 6.1 6.12/soft,VM_MTU=1500 6.12/tap 6.12/soft,VM_MTU=1500,VM_LOSSY=yes
+# ci: 6.12
+# long: 6.1 6.12/soft,VM_MTU=1500 6.12/tap 6.12/soft,VM_MTU=1500,VM_LOSSY=yes newest
 source "$VM_DIR/lib.sh"
 # shellcheck disable=SC2034 # for net.sh
 VM_SPARE_REQUESTS=yes
@@ -92,6 +93,6 @@ done
 check "unmap" unmap_device "$disk"
 check "unmap" unmap_device "$file"
 no_session() { [[ $(rpc rnbd_get_sessions | tr -d ' \n') == "[]" ]]; }
-check "no session is left" wait_for 10 no_session
+check "no session is left" wait_for no_session
 stop_target
 finish

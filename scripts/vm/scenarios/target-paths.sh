@@ -1,7 +1,7 @@
 #!/bin/bash
 # Two paths to rnbd-target, reads in one message: one path is cut under verified load, and the server disconnects; no error reaches fio.
 # timeout: 400
-# ci: 6.12 6.12/soft,VM_MTU=1500
+# long: 6.12 6.12/soft,VM_MTU=1500
 source "$VM_DIR/lib.sh"
 setup_net 2
 cat >/run/target.json <<'JSON'
@@ -25,17 +25,17 @@ start_load "$dev" 4k 16
 check "I/O moves" load_moves
 say "cutting path 1"
 cut_path 1
-check "the client notices" wait_for 60 path_is mp 1 disconnected
+check "the client notices" wait_for path_is mp 1 disconnected
 check "I/O moves on path 2" load_moves
 heal_path 1
-check "path 1 comes back" wait_for 120 path_is mp 1 connected
+check "path 1 comes back" wait_for path_is mp 1 connected
 check "I/O moves" load_moves
 
 say "the server disconnects path 2"
 check "rnbd_disconnect_path" rpc rnbd_disconnect_path '{"session": "mp", "path": "ip:10.9.2.2@ip:10.9.2.1"}'
-check "the client notices" wait_for 20 path_is mp 2 disconnected
+check "the client notices" wait_for path_is mp 2 disconnected
 check "I/O moves on path 1" load_moves
-check "path 2 comes back by itself" wait_for 60 path_is mp 2 connected
+check "path 2 comes back by itself" wait_for path_is mp 2 connected
 check "I/O moves" load_moves
 check "no error and no wrong block reached fio" stop_load
 must unmap_device "$dev"

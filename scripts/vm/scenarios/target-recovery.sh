@@ -1,7 +1,7 @@
 #!/bin/bash
 # One path: server-side disconnect, and kill -9 with restart; the client comes back and every flushed write is there.
 # timeout: 400
-# ci: 6.12 6.12/tap
+# long: 6.12 6.12/tap newest
 source "$VM_DIR/lib.sh"
 setup_net 1
 setup_scratch 256
@@ -19,8 +19,8 @@ dev_is() { [[ $(dev_state "$dev") == "$1" ]]; }
 
 say "server-side disconnect"
 check "rnbd_disconnect_session" rpc rnbd_disconnect_session '{"session": "s1"}'
-check "the device closes" wait_for 20 dev_is closed
-check "the device comes back by itself" wait_for 60 dev_is open
+check "the device closes" wait_for dev_is closed
+check "the device comes back by itself" wait_for dev_is open
 check "and works" fio_verify "$dev" 4k 2
 
 # Writes numbered blocks one after another, each flushed before its number is reported.
@@ -59,7 +59,7 @@ flushed=$(tail -n 1 /run/written)
 check "some writes were flushed before the crash" test "${flushed:-0}" -gt 20
 check "the file has all $flushed flushed blocks" python3 /run/checker.py /scratch/disk.img "$flushed"
 start_target /run/target.json
-check "the device comes back after the restart" wait_for 90 dev_is open
+check "the device comes back after the restart" wait_for dev_is open
 echo 3 >/proc/sys/vm/drop_caches
 check "the client reads all flushed blocks" python3 /run/checker.py "$dev" "$flushed"
 check "and works" fio_verify "$dev" 4k 2

@@ -1,8 +1,7 @@
 #!/bin/bash
 # Rotating keys (rotate_rkeys): the kernel client gets a new key with every answer, and fio verifies.
 # timeout: 200
-# ci: 6.12 6.12/tap
-# more: 6.12/soft,VM_MTU=1500
+# long: 6.12 6.12/tap 6.12/soft,VM_MTU=1500
 source "$VM_DIR/lib.sh"
 setup_net 1
 cat >/run/target.json <<'JSON'

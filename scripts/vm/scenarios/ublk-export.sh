@@ -1,8 +1,7 @@
 #!/bin/bash
 # ublk disks: file systems, verified I/O on one and two queues, discard, zeroes, flush, partitions, read-only.
 # timeout: 1200
-# ci: none
-# more: 6.12
+# long: 6.12 newest
 source "$VM_DIR/lib.sh"
 source "$VM_DIR/ublk.sh"
 need_ublk
@@ -47,7 +46,7 @@ check "two queues: fio 512k depth 32" fio_verify /dev/ublkb2 512k 16
 # A ring keeps a worker thread once it had one (START_DEV, fallocate of the file): here none may have work.
 worker_ticks() { cat "/proc/$UBLK_PID"/task/*/stat | awk '/iou-wrk/ {sum += $14 + $15} END {print sum + 0}'; }
 start_load /dev/ublkb2 4k 32
-check "I/O moves" wait_for 60 load_moves
+check "I/O moves" wait_for load_moves
 before=$(worker_ticks)
 sleep 3
 check_eq "no worker thread copies data" $(($(worker_ticks) - before)) 0
@@ -86,9 +85,9 @@ must start_disk File0 1
 truncate -s 320M /scratch/disk.img
 must urpc bdev_uring_rescan '{"name": "File0"}' >/dev/null
 if grep -q 'driver with.*update_size' "$UBLK_LOG"; then
-  check "the disk grows too" wait_for 5 test "$(blockdev --getsize64 /dev/ublkb1)" = $((320 << 20))
+  check "the disk grows too" wait_for test "$(blockdev --getsize64 /dev/ublkb1)" = $((320 << 20))
 else
-  check "the log says that the disk cannot" wait_for 5 grep -q 'ublkb1 keeps its size.*Linux 6.16' "$UBLK_LOG"
+  check "the log says that the disk cannot" wait_for grep -q 'ublkb1 keeps its size.*Linux 6.16' "$UBLK_LOG"
   must stop_disk 1
   must start_disk File0 1
   check_eq "a new start can" "$(blockdev --getsize64 /dev/ublkb1)" $((320 << 20))
@@ -101,16 +100,16 @@ must dd if=/dev/zero of=/dev/ublkb1 bs=4k count=1 oflag=direct conv=notrunc stat
 # One primary partition, type 83, from sector 2048 on, 65536 sectors: little-endian.
 check "is written and read" bash -c 'printf "\0\0\0\0\x83\0\0\0\0\x08\0\0\0\0\x01\0" | dd of=/dev/ublkb1 bs=1 seek=446 conv=notrunc,fsync status=none &&
   printf "\x55\xaa" | dd of=/dev/ublkb1 bs=1 seek=510 conv=notrunc,fsync status=none && blockdev --rereadpt /dev/ublkb1'
-check "its partition is there" wait_for 10 test -b /dev/ublkb1p1
+check "its partition is there" wait_for test -b /dev/ublkb1p1
 must stop_disk 1
 must start_disk File0 1
-check "and is found by a start" wait_for 10 test -b /dev/ublkb1p1
+check "and is found by a start" wait_for test -b /dev/ublkb1p1
 check "a file system on it" bash -c "mkfs.ext4 -q -F /dev/ublkb1p1 && mount /dev/ublkb1p1 /mnt/u && cp -r $REPO_DIR/iobuf /mnt/u && umount /mnt/u && e2fsck -fn /dev/ublkb1p1"
 must stop_disk 1
 
 say "a mounted disk"
 must start_disk File0 1
-must wait_for 10 test -b /dev/ublkb1p1
+must wait_for test -b /dev/ublkb1p1
 must mount /dev/ublkb1p1 /mnt/u
 refused "is not stopped" "is mounted at /mnt/u" ublk_stop_disk '{"ublk_id": 1}'
 check "and works on" bash -c 'echo x >/mnt/u/x && sync -f /mnt/u'

@@ -3,7 +3,7 @@
 # timeout: 1500
 # qemu: vhost
 # ci: 6.12/tap
-# more: 6.1/tap
+# long: 6.1/tap newest/tap
 source "$VM_DIR/lib.sh"
 source "$VM_DIR/vhost.sh"
 setup_scratch
@@ -80,7 +80,7 @@ printf '\0\0\0\0\x83\0\0\0\0\x08\0\0\0\0\x02\0' | dd of="$disk" bs=1 seek=446 co
 printf '\x55\xaa' | dd of="$disk" bs=1 seek=510 conv=notrunc status=none
 sync
 must blockdev --rereadpt "$disk"
-check "the partition is there" wait_for 10 test -b "${disk}1"
+check "the partition is there" wait_for test -b "${disk}1"
 check_eq "its size" "$(blockdev --getsize64 "${disk}1")" $((64 << 20))
 check "it takes a file system" mkfs.ext4 -q -F "${disk}1"
 
@@ -106,16 +106,11 @@ must create_controller null Null0
 null=$(plug null) || die "plug null"
 check_eq "size" "$(blockdev --getsize64 "$null")" $((128 << 20))
 must rpc bdev_null_resize '{"name":"Null0","new_size":192}' >/dev/null
-check "the guest sees the new size" wait_for 10 sh -c "[ \$(blockdev --getsize64 $null) = $((192 << 20)) ]"
+check "the guest sees the new size" wait_for sh -c "[ \$(blockdev --getsize64 $null) = $((192 << 20)) ]"
 must unplug null "$null"
 
-say "an idle device costs nothing"
-ticks() { on_server "awk '{print \$14 + \$15}' /proc/$TARGET_PID/stat"; }
 sleep 2
-before=$(ticks)
-sleep 5
-used=$(($(ticks) - before))
-if ((used <= 5)); then ok "$used ticks in 5 s"; else fail "$used ticks in 5 s (of 500)"; fi
+check_asleep "an idle disk"
 
 say "a crash of the target under verified load"
 packed=$(plug file1 '"packed":"on","num-queues":2') || die "plug file1"
