@@ -287,9 +287,12 @@ def extended():
                           (nbd_raw.BLOCK_STATUS, b"l" * 5000)):
         c.request(command, data=data)
         assert c.error() == errno.EINVAL, command
-    # WRITE without the flag has no payload.
-    c.request(nbd_raw.WRITE, length=512)
-    assert c.error() == errno.EINVAL
+    # QEMU's client never sets PAYLOAD_LEN: the data of a WRITE follow all the same.
+    c.request(nbd_raw.WRITE, offset=8192, length=512)
+    c.sock.sendall(b"q" * 512)
+    assert c.chunk() == (nbd_raw.NONE, 8192, b"")
+    c.request(nbd_raw.READ, offset=8192, length=512)
+    assert c.chunk() == (nbd_raw.OFFSET_DATA, 8192, struct.pack(">Q", 8192) + b"q" * 512)
     c.request(nbd_raw.FLUSH)
     assert c.chunk() == (nbd_raw.NONE, 0, b"")
     c.request(nbd_raw.WRITE, data_len=(32 << 20) + 512)
