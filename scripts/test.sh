@@ -1,86 +1,163 @@
 #!/bin/bash
-# Passes all tests: format, lints, unit and property tests, fuzz targets, the SPDK client, and the VM scenarios against
-# real kernels. Installs what it needs. About 80 minutes on two cores; logs are in build/logs/.
+# Runs the tests, in one of three tiers. Installs what it needs; logs are in build/logs/.
 #
-#   scripts/test.sh            what CI runs
-#   scripts/test.sh --quick    without fuzzing and VM scenarios
-#   scripts/test.sh --all      VM scenarios on more kernels, networks and peers as well: another hour
+#   scripts/test.sh            what CI runs: everything deterministic, and each front end once against a real kernel
+#   scripts/test.sh --quick    the inner loop: format, lints, unit and property tests
+#   scripts/test.sh --long     everything: all VM scenarios and kernels, peers of newer Debians, fuzzing, sanitizers, arm64
+#   scripts/test.sh [TIER] --list            the stages of a tier
+#   scripts/test.sh [TIER] --only REGEX      those stages of a tier whose names match; repeatable
+#
+# The tier of a stage is the first word of its line below. VM scenarios say theirs in their "# ci:" and "# long:" lines.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
+
+usage() { sed -n '4,8s/^#  *//p' scripts/test.sh; }
+tier=ci list='' only=()
+while [[ $# -gt 0 ]]; do
+  case $1 in
+    --quick | --long) tier=${1#--} ;;
+    --list) list=yes ;;
+    --only) [[ $# -ge 2 ]] || { usage >&2; exit 2; }; only+=("$2"); shift ;;
+    -h | --help) usage; exit 0 ;;
+    *) usage >&2; exit 2 ;;
+  esac
+  shift
+done
+
 logs=build/logs
 mkdir -p "$logs"
-passed=0 failed=0 skipped=0
+passed=0 failed=0 skipped=0 repeated=()
 
-# stage NAME COMMAND...: one line on the console, the output in a file, the end of it on the console when it fails.
+# wanted TIER NAME: the stage belongs to what is run now.
+wanted() {
+  local pattern
+  case $1 in
+    quick) ;;
+    ci) [[ $tier != quick ]] || return 1 ;;
+    long) [[ $tier == long ]] || return 1 ;;
+    *) echo "test.sh: stage $2 has no tier \"$1\"" >&2; exit 2 ;;
+  esac
+  [[ ${#only[@]} -gt 0 ]] || return 0
+  for pattern in "${only[@]}"; do [[ ! $2 =~ $pattern ]] || return 0; done
+  return 1
+}
+
+# How much slower this machine is, now, than the one on which the limits of tests were set: at least 1. Whatever waits for
+# something multiplies its limit by it. No verdict depends on time otherwise.
+measure_speed() {
+  TIME_SCALE=$(python3 - <<'PY'
+import time
+def loop():
+    start = time.monotonic()
+    sum(i * i for i in range(1_000_000))
+    return time.monotonic() - start
+print(max(1, round(max(loop() for _ in range(3)) / 0.1)))
+PY
+  ) || TIME_SCALE=4
+  export TIME_SCALE
+}
+
+# stage TIER NAME COMMAND...: one line on the console, the output in a file, the end of it on the console when it fails.
 stage() {
-  local name=$1 rc=0 start=$SECONDS
-  shift
-  printf '%-32s ' "$name"
-  "$@" >"$logs/$name.log" 2>&1 </dev/null || rc=$?
+  local level=$1 name=$2 rc=0 start=$SECONDS log=$logs/$2.log
+  shift 2
+  wanted "$level" "$name" || return 0
+  if [[ -n $list ]]; then
+    printf '%-6s %s\n' "$level" "$name"
+    return 0
+  fi
+  measure_speed
+  printf '%-36s ' "$name"
+  "$@" >"$log" 2>&1 </dev/null || rc=$?
   if [[ $rc == 0 ]]; then
     passed=$((passed + 1))
-    printf 'ok      %4d s  %s\n' $((SECONDS - start)) "$(summary "$logs/$name.log")"
+    printf 'ok      %4d s  %s\n' $((SECONDS - start)) "$(summary "$log")"
   elif [[ $rc == 77 ]]; then
     skipped=$((skipped + 1))
-    printf 'SKIPPED %4d s  %s\n' $((SECONDS - start)) "$(tail -n 1 "$logs/$name.log")"
+    printf 'SKIPPED %4d s  %s\n' $((SECONDS - start)) "$(tail -n 1 "$log")"
   else
     failed=$((failed + 1))
-    printf 'FAILED  %4d s  status %d, see %s\n' $((SECONDS - start)) "$rc" "$logs/$name.log"
-    tail -n 40 "$logs/$name.log" | sed 's/^/    /'
+    printf 'FAILED  %4d s  status %d, see %s\n' $((SECONDS - start)) "$rc" "$log"
+    tail -n 40 "$log" | sed 's/^/    /'
   fi
+  # What scripts/vm/run.sh says of a run that told nothing of what was to be checked.
+  ! grep -aq 'running once more$' "$log" || repeated+=("$name: $(grep -a -m 1 'running once more$' "$log")")
   return 0
 }
 
 # How many tests a stage ran, in the words of its runner.
 summary() {
-  grep -a 'running once more$' "$1"
   awk '/^test result:/ {p += $4; f += $6; seen = 1} /^[0-9]+ passed, [0-9]+ failed/ {p += $1; f += $3; seen = 1}
        END {if (seen) printf "%d tests passed, %d failed", p, f}' "$1"
 }
 
+# scenarios: each VM scenario on the kernels and networks that it names: "# ci: SERIES[/NET[,KEY=VALUE]...] ..." for the tiers
+# ci and long, "# long: …" for long; see scripts/vm/run.sh.
+scenarios() {
+  local file name level where parts args kv
+  for file in scripts/vm/scenarios/*.sh; do
+    name=$(basename "$file" .sh)
+    grep -Eq '^# (ci|long|by hand):' "$file" || { echo "test.sh: $file names no tier" >&2; exit 2; }
+    for level in ci long; do
+      for where in $(sed -n "s/^# $level: *//p" "$file"); do
+        IFS=/, read -r -a parts <<<"$where"
+        args=(-k "${parts[0]}")
+        [[ -z ${parts[1]:-} ]] || args+=(-n "${parts[1]}")
+        for kv in "${parts[@]:2}"; do args+=(-o "$kv"); done
+        stage "$level" "vm-$name-${where//[\/,]/-}" scripts/vm/run.sh -q "${args[@]}" "$name"
+      done
+    done
+  done
+}
+
+packages() { scripts/packages.sh build valgrind; }
 loom() {
   RUSTFLAGS="--cfg loom" cargo test -p reactor --lib --release --target-dir build/loom waker &&
     RUSTFLAGS="--cfg loom" cargo test -p roce-proto --lib --release --target-dir build/loom keys
 }
-tree_is_clean() { git diff --exit-code HEAD --stat && [[ -z $(git status --porcelain) && ! -e target/debug && ! -e target/release ]]; }
 # Instructions per request on the hot paths, against a stored budget: no other load on the machine changes them.
 budget() { build/release/instruction-budget check; }
 docs() { RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps; }
+peers() { scripts/peers.sh build && scripts/peers.sh versions; }
+tree_is_clean() { git diff --exit-code HEAD --stat && [[ -z $(git status --porcelain) && ! -e target/debug && ! -e target/release ]]; }
 
-stage packages scripts/packages.sh valgrind
-stage fmt cargo fmt --all --check
-stage clippy cargo clippy --workspace --all-targets -- -D warnings
-stage unit cargo test --workspace --no-fail-fast
-stage loom loom
-stage docs docs
-stage release cargo build --release --workspace --bins
-stage budget budget
-stage spdk-client scripts/test-spdk-client.sh build/release/rnbd-target
-stage native scripts/test-native.sh build/release
-stage nbd scripts/test-nbd.sh build/release
-stage nbd-client scripts/test-nbd-client.sh build/release
+stage quick packages packages
+stage quick fmt cargo fmt --all --check
+stage quick clippy cargo clippy --workspace --all-targets -- -D warnings
+stage quick unit cargo test --workspace --no-fail-fast
+# The programs that cargo test left: they have debug assertions and overflow checks. VM scenarios use those of the release.
+stage quick nbd scripts/test-nbd.sh build/debug
+stage ci nbd-client scripts/test-nbd-client.sh build/debug
+stage ci spdk-client scripts/test-spdk-client.sh build/debug/rnbd-target
+stage ci native scripts/test-native.sh build/debug 20
+stage ci perf scripts/test-perf.sh build/debug
+stage ci loom loom
+stage ci docs docs
+stage ci release cargo build --release --bins -p rnbd-target -p rnbd-initiator -p hot-paths
+stage ci budget budget
+stage long release-all cargo build --release --workspace --bins
+stage ci vm-build scripts/vm/build.sh -k 6.12
+stage long vm-build-all scripts/vm/build.sh -k 6.12 -k 6.1 -k newest
+scenarios
+stage long peers peers
+for suite in trixie sid; do
+  stage long "nbd-$suite" scripts/peers.sh run "$suite" scripts/test-nbd.sh build/debug
+  stage long "nbd-client-$suite" scripts/peers.sh run "$suite" scripts/test-nbd-client.sh build/debug
+done
+stage long fuzz fuzz/run.sh 60
 # Without SPDK it says SKIPPED.
-stage spdk scripts/test-spdk.sh build/release
-stage perf scripts/test-perf.sh build/release
-if [[ ${1:-} != --quick ]]; then
-  stage fuzz fuzz/run.sh 10
-  stage vm-build scripts/vm/build.sh
-  for scenario in scripts/vm/scenarios/*.sh; do
-    # "# ci: SERIES[/NET[,KEY=VALUE]...] ..." names the kernels and networks that CI runs a scenario on, without it the
-    # first kernel and rxe; "# more: …" those that --all adds.
-    places=$(sed -n 's/^# ci: *//p' "$scenario" | grep . || echo 6.12)
-    [[ ${1:-} != --all ]] || places+=" $(sed -n 's/^# more: *//p' "$scenario")"
-    for where in $places; do
-      [[ $where == none ]] && continue
-      name=$(basename "$scenario" .sh)
-      IFS=/, read -r -a parts <<<"$where"
-      args=(-k "${parts[0]}")
-      [[ -z ${parts[1]:-} ]] || args+=(-n "${parts[1]}")
-      for kv in "${parts[@]:2}"; do args+=(-o "$kv"); done
-      stage "vm-$name-${where//\//-}" scripts/vm/run.sh -q "${args[@]}" "$name"
-    done
-  done
+stage long spdk scripts/test-spdk.sh build/release
+[[ -z ${CI:-} ]] || stage ci tree-is-clean tree_is_clean
+[[ -z $list ]] || exit 0
+
+echo
+if [[ ${#repeated[@]} -gt 0 ]]; then
+  echo "repeated once, for a reason that is not what was to be checked:"
+  printf '  %s\n' "${repeated[@]}"
+  # One such accident is bad luck. Two are a fault.
+  [[ ${#repeated[@]} -le 1 ]] || { failed=$((failed + 1)); echo "more than one repetition in a run is a failure"; }
 fi
-[[ -n ${CI:-} ]] && stage tree-is-clean tree_is_clean
+printf '%d min %d s\n' $((SECONDS / 60)) $((SECONDS % 60))
 echo "$passed passed, $failed failed, $skipped skipped"
-[[ $failed == 0 && $passed -gt 0 ]]
+# In CI nothing that a stage needs may be missing.
+[[ $failed == 0 && $passed -gt 0 && (-z ${CI:-} || $skipped == 0) ]]
