@@ -240,7 +240,7 @@ impl SplitInflight {
     pub(crate) fn taken(&mut self, head: u16) {
         self.part.put(split(head, 8), self.counter);
         self.part.put(split(head, 0), 1u8);
-        self.counter += 1;
+        self.counter = self.counter.wrapping_add(1);
     }
 
     /// `head` is about to be used.
@@ -273,6 +273,8 @@ const P_USED_IDX: usize = 16;
 const OLD_USED_IDX: usize = 18;
 const P_USED_WRAP: usize = 20;
 const OLD_USED_WRAP: usize = 21;
+
+const CONTRADICTION: Broken = Broken::InflightArea("its lists contradict each other");
 
 const NEXT: usize = 2;
 const LAST: usize = 4;
@@ -324,11 +326,13 @@ impl PackedInflight {
             return Ok((this, Vec::new()));
         }
         this.settle_last_batch(ring)?;
-        let free = this.read_free_list();
-        let undone = this.read_undone()?;
+        // Each entry is in one list: then no later step finds a list other than as this process made it.
+        let mut seen = vec![false; size.into()];
+        let free = this.read_free_list(&mut seen)?;
+        let undone = this.read_undone(&mut seen)?;
         let entries: usize = undone.iter().map(|u| usize::from(u.taken.count)).sum();
-        if entries > usize::from(size) || free + entries != usize::from(size) {
-            return Err(Broken::InflightArea("its lists contradict each other"));
+        if free + entries != usize::from(size) {
+            return Err(CONTRADICTION);
         }
         let avail = this.used.advance(entries as u16, size);
         ring.set_places(avail, this.used);
@@ -388,30 +392,28 @@ impl PackedInflight {
     }
 
     /// Takes the list of free entries over; what is free is not in flight. Returns its length.
-    fn read_free_list(&mut self) -> usize {
-        let size = self.part.size;
-        let mut at = self.free_head;
-        for count in 0..size {
-            if at >= size {
-                return count.into();
+    fn read_free_list(&mut self, seen: &mut [bool]) -> Result<usize, Broken> {
+        let (mut at, mut count) = (self.free_head, 0);
+        while let Some(seen) = seen.get_mut(usize::from(at)) {
+            if std::mem::replace(seen, true) {
+                return Err(CONTRADICTION);
             }
             self.part.put(packed(at, 0), 0u8);
             let next = self.part.take(packed(at, NEXT));
             self.next[usize::from(at)] = next;
-            at = next;
+            (at, count) = (next, count + 1);
         }
-        size.into()
+        Ok(count)
     }
 
-    fn read_undone(&mut self) -> Result<Vec<Undone>, Broken> {
+    fn read_undone(&mut self, seen: &mut [bool]) -> Result<Vec<Undone>, Broken> {
         let mut found: Vec<(u64, u16)> = (0..self.part.size)
             .filter(|e| self.part.take::<u8>(packed(*e, 0)) == 1)
             .map(|e| (self.part.take::<u64>(packed(e, COUNTER)), e))
             .collect();
         found.sort_unstable();
         self.counter = found.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
-        let mut seen = vec![false; self.part.size.into()];
-        found.into_iter().map(|(_, entry)| self.read_one(entry, &mut seen)).collect()
+        found.into_iter().map(|(_, entry)| self.read_one(entry, seen)).collect()
     }
 
     fn read_one(&mut self, entry: u16, seen: &mut [bool]) -> Result<Undone, Broken> {
@@ -424,7 +426,7 @@ impl PackedInflight {
         for i in 0..count {
             match seen.get_mut(usize::from(at)) {
                 Some(seen) if !*seen => *seen = true,
-                _ => return Err(Broken::InflightArea("its chains share entries")),
+                _ => return Err(CONTRADICTION),
             }
             descriptors.push(Descriptor {
                 addr: self.part.take(packed(at, ADDR)),
@@ -464,7 +466,7 @@ impl PackedInflight {
         self.part.put(packed(entry, LAST), last);
         self.part.put(packed(entry, COUNTER), self.counter);
         self.part.put(packed(entry, 0), 1u8);
-        self.counter += 1;
+        self.counter = self.counter.wrapping_add(1);
         self.free_head = at;
         self.part.put(FREE_HEAD, at);
         self.part.put(OLD_FREE_HEAD, at);
@@ -500,5 +502,108 @@ impl PackedInflight {
             self.part.put(packed(entry, 0), 0u8);
         }
         self.settle();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{GuestMemory, RegionSpec};
+    use crate::ring::RingConfig;
+
+    const SIZE: u16 = 16;
+
+    fn memory() -> Arc<GuestMemory> {
+        let fd = rustix::fs::memfd_create("guest", MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&fd, 4096).unwrap();
+        let spec = RegionSpec { guest_addr: 0, size: 4096, user_addr: 0, mmap_offset: 0 };
+        let table = [(spec, fd.as_fd())];
+        Arc::new(GuestMemory::map(&iobuf::Registry::new(), &GuestMemory::default(), &table).unwrap())
+    }
+
+    fn config(packed: bool) -> RingConfig {
+        RingConfig { size: SIZE.into(), avail: 512, used: 1024, packed, ..RingConfig::default() }
+    }
+
+    fn packed_ring() -> PackedRing {
+        PackedRing::new(config(true), memory(), 0x8000_8000).unwrap()
+    }
+
+    /// A process that took chains of these lengths from a packed ring and died.
+    fn packed_area(chains: &[usize]) -> InflightArea {
+        let (area, _, _) = InflightArea::create(1, SIZE).unwrap();
+        let (mut track, undone) =
+            PackedInflight::recover(area.queue(0, SIZE.into()).unwrap(), &mut packed_ring()).unwrap();
+        assert!(undone.is_empty());
+        for len in chains {
+            track.taken(&vec![Descriptor::default(); *len]).unwrap();
+        }
+        area
+    }
+
+    fn recover_packed(area: &InflightArea) -> Result<(PackedInflight, Vec<Undone>), Broken> {
+        PackedInflight::recover(area.queue(0, SIZE.into()).unwrap(), &mut packed_ring())
+    }
+
+    fn set_free_head(part: &Part, head: u16) {
+        part.put(FREE_HEAD, head);
+        part.put(OLD_FREE_HEAD, head);
+    }
+
+    /// The numbers of entries add up, but what uses a chain would have followed a link of the free list.
+    #[test]
+    fn a_free_entry_is_in_no_chain() {
+        let area = packed_area(&[3]);
+        let part = area.queue(0, SIZE.into()).unwrap();
+        set_free_head(&part, 1);
+        part.put(packed(13, NEXT), 20u16);
+        assert_eq!(recover_packed(&area).unwrap_err(), CONTRADICTION);
+    }
+
+    #[test]
+    fn a_free_list_has_an_end() {
+        let area = packed_area(&[]);
+        let part = area.queue(0, SIZE.into()).unwrap();
+        part.put(packed(15, NEXT), 3u16);
+        assert_eq!(recover_packed(&area).unwrap_err(), CONTRADICTION);
+    }
+
+    #[test]
+    fn chains_share_no_entries() {
+        let area = packed_area(&[2, 2]);
+        area.queue(0, SIZE.into()).unwrap().put(packed(2, NEXT), 1u16);
+        assert_eq!(recover_packed(&area).unwrap_err(), CONTRADICTION);
+    }
+
+    #[test]
+    fn what_was_taken_is_found_in_order() {
+        let area = packed_area(&[3, 1, 2]);
+        let (mut track, undone) = recover_packed(&area).unwrap();
+        let found: Vec<_> = undone.iter().map(|u| (u.entry, u.taken.count)).collect();
+        assert_eq!(found, [(0, 3), (3, 1), (4, 2)]);
+        // The other ten are free, and what is given back is free again.
+        assert!(track.taken(&[Descriptor::default(); 10]).is_some());
+        assert!(track.taken(&[Descriptor::default()]).is_none());
+        track.using(0, 3);
+        assert!(track.taken(&[Descriptor::default(); 3]).is_some());
+    }
+
+    /// Whoever writes the area can write any number.
+    #[test]
+    fn counters_may_be_at_their_end() {
+        let area = packed_area(&[1]);
+        area.queue(0, SIZE.into()).unwrap().put(packed(0, COUNTER), u64::MAX - 1);
+        let (mut track, undone) = recover_packed(&area).unwrap();
+        assert_eq!(undone.len(), 1);
+        track.taken(&[Descriptor::default()]).unwrap();
+
+        let (area, _, _) = InflightArea::create(1, SIZE).unwrap();
+        let part = || area.queue(0, SIZE.into()).unwrap();
+        let mut ring = SplitRing::new(config(false), memory(), 0).unwrap();
+        SplitInflight::recover(part(), &mut ring).unwrap().0.taken(5);
+        part().put(split(5, 8), u64::MAX - 1);
+        let (mut track, heads) = SplitInflight::recover(part(), &mut ring).unwrap();
+        assert_eq!(heads, [5]);
+        track.taken(6);
     }
 }
