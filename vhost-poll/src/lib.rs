@@ -23,6 +23,8 @@ mod conn;
 pub mod controller;
 pub mod disk;
 mod fd;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 pub mod inflight;
 mod lane;
 pub mod memory;

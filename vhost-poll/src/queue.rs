@@ -535,6 +535,27 @@ impl Queue {
         }
     }
 
+    /// For [`crate::fuzzing::Bench`].
+    #[cfg(fuzzing)]
+    pub(crate) fn open(&self) -> Vec<crate::fuzzing::Open> {
+        let packed = matches!(self.ring, Ring::Packed(_));
+        let replay = self.replay.iter().map(|r| &r.slot);
+        let slots = replay.chain(self.slots.iter().filter(|s| s.pending > 0));
+        slots
+            .map(|s| crate::fuzzing::Open {
+                id: s.taken.id,
+                entry: if packed { s.entry } else { s.taken.id },
+                count: s.taken.count,
+            })
+            .collect()
+    }
+
+    /// For [`crate::fuzzing::Bench`].
+    #[cfg(fuzzing)]
+    pub(crate) fn is_broken(&self) -> bool {
+        self.broken.is_some()
+    }
+
     /// Stops for good: the guest's driver broke the rules of the ring.
     #[cold]
     fn fail(&mut self, why: Broken) {

@@ -9,7 +9,7 @@ use vhost_poll::memory::{GuestMemory, RegionSpec};
 use vhost_poll::ring::{Chain, RingConfig};
 
 /// All of the guest's memory: the ring at its beginning, then whatever the input goes on with.
-const RAM: usize = 16 << 10;
+pub const RAM: usize = 16 << 10;
 /// Entries of the ring.
 pub const SIZE: u32 = 16;
 
@@ -42,13 +42,24 @@ pub fn boot(input: &[u8], packed: bool) -> (RingConfig, Arc<GuestMemory>) {
     (config, GUEST.memory.clone())
 }
 
-/// What a chain names is in the guest's memory, and its lengths agree.
-pub fn check(chain: &mut Chain) {
+/// Writes into the guest's memory, as far as that goes.
+#[allow(dead_code, reason = "not every target has a guest that goes on")]
+pub fn poke(addr: u64, bytes: &[u8]) {
+    let _ = GUEST.region.copy_in(addr as usize, bytes);
+}
+
+/// Whether these bytes are the guest's.
+#[allow(dead_code, reason = "not every target asks")]
+pub fn contains(addr: u64, len: u32) -> bool {
     let first = GUEST.memory.host(0, RAM as u64).unwrap() as u64;
+    addr >= first && addr + u64::from(len) <= first + RAM as u64
+}
+
+/// What a chain names is in the guest's memory, and its lengths agree.
+#[allow(dead_code, reason = "not every target reads chains itself")]
+pub fn check(chain: &mut Chain) {
     let (readable, writable) = chain.parts();
-    for s in readable.iter().chain(writable) {
-        assert!(s.addr >= first && s.addr + u64::from(s.len) <= first + RAM as u64);
-    }
+    assert!(readable.iter().chain(writable).all(|s| contains(s.addr, s.len)));
     let mut ranges = Vec::new();
     if let Ok(Asked::Data(range)) = blk::parse(chain, &mut ranges, true) {
         let (readable, writable) = chain.parts();
