@@ -1,15 +1,19 @@
 //! Time and randomness for the state machines, which have none of their own.
 
 use rustix::rand::{GetRandomFlags, getrandom};
-use rustix::time::{ClockId, clock_gettime};
 
+#[cfg(not(fuzzing))]
 use roce_proto::Nanos;
 
 /// Nanoseconds of CLOCK_MONOTONIC.
+#[cfg(not(fuzzing))]
 pub fn now() -> Nanos {
-    let t = clock_gettime(ClockId::Monotonic);
+    let t = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64
 }
+
+#[cfg(fuzzing)]
+pub(crate) use crate::fuzzing::now;
 
 /// Unpredictable bits of the kernel's generator. Keeps some in stock, as each system call gives up to 256 bytes.
 pub struct Random {
@@ -40,6 +44,11 @@ impl Random {
 
     fn refill(&mut self) {
         self.left = 0;
+        #[cfg(fuzzing)]
+        while self.left < self.stock.len() {
+            self.stock[self.left..][..8].copy_from_slice(&crate::fuzzing::draw().to_ne_bytes());
+            self.left += 8;
+        }
         while self.left < self.stock.len() {
             match getrandom(&mut self.stock[self.left..], GetRandomFlags::empty()) {
                 Ok(n) => self.left += n,

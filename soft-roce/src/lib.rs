@@ -20,6 +20,8 @@ mod cq;
 mod engine;
 mod exclusive;
 mod faults;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod mailbox;
 mod memory;
 mod neighbours;

@@ -202,6 +202,17 @@ impl Control {
         any
     }
 
+    /// For [`crate::SoftRoce::inject`].
+    #[cfg(fuzzing)]
+    pub fn inject(&mut self, port: &Port, datagram: &crate::udp::Datagram<'_>) {
+        for (index, udp) in (0..).zip(datagram.bytes.chunks(datagram.segment)) {
+            let dst = datagram.dst.unwrap_or(port.ip);
+            let from = Source { src: datagram.src, src_port: datagram.src_port, dst, index };
+            self.parts().1.packet(port, &from, udp, true);
+        }
+        self.act();
+    }
+
     /// Takes in what other processes have passed on.
     pub fn receive_from_neighbours(&mut self) -> bool {
         let shared = self.shared.clone();

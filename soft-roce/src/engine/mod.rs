@@ -183,6 +183,12 @@ impl Engine {
         core
     }
 
+    /// For [`crate::SoftRoce::inject`].
+    #[cfg(fuzzing)]
+    pub fn inject(&self, datagram: &crate::udp::Datagram<'_>) {
+        self.enter().qps.datagram(self, datagram, now());
+    }
+
     /// Takes a queue pair out, after it has acknowledged what it received.
     pub fn remove(&self, qpn: u32) {
         let mut core = self.enter();
