@@ -186,7 +186,7 @@ impl Control {
         let found = self
             .exports
             .borrow()
-            .resolve(session, admin.peer, name, |n| self.manager.get(n).is_ok())
+            .resolve(session, admin.peer, name, |n| Some(self.manager.get(n).ok()?.info().name.clone()))
             .map_err(|e| refused(e, "name look-up".into()))?;
         let (bdev, read_only_export) = match found {
             Found::Bdev { name, read_only } => (name, read_only),

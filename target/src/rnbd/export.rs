@@ -118,7 +118,7 @@ impl Exports {
         &self.table
     }
 
-    /// Looks a client's device path up. `is_bdev` knows the bdevs.
+    /// Looks a client's device path up. `bdev` gives the own name of the bdev that has a name or alias.
     ///
     /// # Errors
     /// The errno for the client: EINVAL for impossible names, EACCES for those it may not have, ENOENT.
@@ -127,7 +127,7 @@ impl Exports {
         sessname: &str,
         peer: IpAddr,
         device_path: &str,
-        is_bdev: impl Fn(&str) -> bool,
+        bdev: impl Fn(&str) -> Option<String>,
     ) -> Result<Found, Errno> {
         let full = self.search_path.full_path(sessname, device_path).map_err(|bad| bad.errno())?;
         let prefix = self.search_path.prefix(sessname);
@@ -139,21 +139,29 @@ impl Exports {
             }
             return Ok(Found::Bdev { name: export.bdev_name.clone(), read_only: export.read_only });
         }
-        if is_bdev(remainder) {
-            // By its own name only while no export says who may have it.
-            if self.table.iter().any(|e| e.bdev_name == remainder) {
+        // Without an export, and by whatever name, only while no export says who may have the bdev.
+        let is_exported = |own: &str| {
+            self.table.iter().any(|e| e.bdev_name == own || bdev(&e.bdev_name).is_some_and(|n| n == own))
+        };
+        if let Some(name) = bdev(remainder) {
+            if is_exported(&name) {
                 return Err(Errno::EACCES);
             }
-            return Ok(Found::Bdev { name: remainder.into(), read_only: false });
+            return Ok(Found::Bdev { name, read_only: false });
         }
         if !self.open_files {
             return Err(Errno::ENOENT);
         }
-        real_path(&prefix, &full).map(Found::File)
+        let path = real_path(&prefix, &full)?;
+        // The bdev of a file has its path as name.
+        if path.to_str().and_then(&bdev).is_some_and(|own| is_exported(&own)) {
+            return Err(Errno::EACCES);
+        }
+        Ok(Found::File(path))
     }
 }
 
-/// The file behind `full` without symbolic links, if it lies below `prefix`.
+/// The file behind `full` without symbolic links, if it lies below `prefix`. Its path is UTF-8.
 fn real_path(prefix: &str, full: &str) -> Result<PathBuf, Errno> {
     let io = |e: std::io::Error| Errno::from_raw(e.raw_os_error().unwrap_or(5)).unwrap_or(Errno::EIO);
     let base = Path::new(prefix).canonicalize().map_err(io)?;
@@ -164,6 +172,11 @@ fn real_path(prefix: &str, full: &str) -> Result<PathBuf, Errno> {
     }
     if path.is_dir() {
         return Err(Errno::ENOTBLK);
+    }
+    // Its bdev would be named like that of another file.
+    if path.to_str().is_none() {
+        tracing::warn!(path = full, target = %path.display(), "refused: leads to a name that is not UTF-8");
+        return Err(Errno::EINVAL);
     }
     Ok(path)
 }
@@ -198,27 +211,56 @@ mod tests {
         Ok(Found::Bdev { name: name.into(), read_only: false })
     }
 
+    /// Bdevs: one of every name, none, one.
+    fn any(name: &str) -> Option<String> {
+        Some(name.into())
+    }
+
+    fn none(_: &str) -> Option<String> {
+        None
+    }
+
+    fn only(one: &str) -> impl Fn(&str) -> Option<String> {
+        move |name| (name == one).then(|| name.into())
+    }
+
     #[test]
     fn exports_come_before_bdevs() {
         let mut e = exports("/");
         e.add(export("/disks//one", "M0", vec![])).unwrap();
-        assert_eq!(e.resolve("s", PEER, "disks/one", |_| true), bdev("M0"));
-        assert_eq!(e.resolve("s", PEER, "/disks/one", |_| true), bdev("M0"));
-        assert_eq!(e.resolve("s", PEER, "M1", |n| n == "M1"), bdev("M1"));
-        assert_eq!(e.resolve("s", PEER, "M0", |_| true), Err(Errno::EACCES));
-        assert_eq!(e.resolve("s", PEER, "M2", |_| false), Err(Errno::ENOENT));
-        assert_eq!(e.resolve("s", PEER, "a/../M1", |_| true), Err(Errno::EINVAL));
+        assert_eq!(e.resolve("s", PEER, "disks/one", any), bdev("M0"));
+        assert_eq!(e.resolve("s", PEER, "/disks/one", any), bdev("M0"));
+        assert_eq!(e.resolve("s", PEER, "M1", only("M1")), bdev("M1"));
+        assert_eq!(e.resolve("s", PEER, "M0", any), Err(Errno::EACCES));
+        assert_eq!(e.resolve("s", PEER, "M2", none), Err(Errno::ENOENT));
+        assert_eq!(e.resolve("s", PEER, "a/../M1", any), Err(Errno::EINVAL));
     }
 
     #[test]
     fn session_names_make_own_name_spaces() {
         let mut e = exports("/exports/%SESSNAME%/ignored");
         e.add(export("M7", "B7", vec![])).unwrap();
-        assert_eq!(e.resolve("s", PEER, "M1", |n| n == "M1"), bdev("M1"));
-        assert_eq!(e.resolve("s", PEER, "M7", |_| false), bdev("B7"));
+        assert_eq!(e.resolve("s", PEER, "M1", only("M1")), bdev("M1"));
+        assert_eq!(e.resolve("s", PEER, "M7", none), bdev("B7"));
         e.add(export("exports/alice/own", "B8", vec![])).unwrap();
-        assert_eq!(e.resolve("alice", PEER, "own", |_| false), bdev("B8"));
-        assert_eq!(e.resolve("bob", PEER, "own", |_| false), Err(Errno::ENOENT));
+        assert_eq!(e.resolve("alice", PEER, "own", none), bdev("B8"));
+        assert_eq!(e.resolve("bob", PEER, "own", none), Err(Errno::ENOENT));
+    }
+
+    /// Of a bdev with the name `own` and an alias, `alias`.
+    #[test]
+    fn an_export_is_about_a_bdev_by_all_of_its_names() {
+        let find = |name: &str| ["own", "store/alias"].contains(&name).then(|| "own".to_owned());
+        for exported in ["own", "store/alias"] {
+            let mut e = exports("/");
+            let alice = Allow { session: Some("alice".into()), addr: None };
+            e.add(export("d", exported, vec![alice])).unwrap();
+            assert_eq!(e.resolve("alice", PEER, "d", find), bdev(exported));
+            for asked in ["d", "own", "store/alias"] {
+                assert_eq!(e.resolve("bob", PEER, asked, find), Err(Errno::EACCES), "{asked} of {exported}");
+            }
+        }
+        assert_eq!(exports("/").resolve("bob", PEER, "store/alias", find), bdev("own"));
     }
 
     #[test]
@@ -230,7 +272,7 @@ mod tests {
         let mut e = exports("/");
         e.add(export("d", "M0", vec![allow(Some("alice"), Some("10.0.0.0/24")), allow(Some("bob"), None)]))
             .unwrap();
-        let ask = |s: &str, a: &str| e.resolve(s, a.parse().unwrap(), "d", |_| true).is_ok();
+        let ask = |s: &str, a: &str| e.resolve(s, a.parse().unwrap(), "d", any).is_ok();
         assert!(ask("alice", "10.0.0.7") && ask("alice", "::ffff:10.0.0.7") && ask("bob", "192.0.2.1"));
         assert!(!ask("alice", "10.0.1.7") && !ask("eve", "10.0.0.7") && !ask("alice", "fd00::1"));
         assert_eq!(e.add(export("x", "M", vec![allow(None, None)])), Err(ExportError::EmptyAllow));
@@ -242,6 +284,7 @@ mod tests {
 
     #[test]
     fn files_stay_below_the_search_path() {
+        use std::os::unix::ffi::OsStrExt;
         let dir = std::env::temp_dir().join(format!("rnbd-export-{}", std::process::id()));
         std::fs::create_dir_all(dir.join("in")).unwrap();
         std::fs::write(dir.join("in/disk"), b"x").unwrap();
@@ -252,12 +295,21 @@ mod tests {
         let mut e = exports(dir.join("in").to_str().unwrap());
         e.open_files = true;
         let real = dir.canonicalize().unwrap().join("in/disk");
-        let ask = |name: &str| e.resolve("s", PEER, name, |_| false);
+        let ask = |name: &str| e.resolve("s", PEER, name, none);
         assert_eq!(ask("disk"), Ok(Found::File(real.clone())));
-        assert_eq!(ask("alias"), Ok(Found::File(real)));
+        assert_eq!(ask("alias"), Ok(Found::File(real.clone())));
         assert_eq!(ask("out"), Err(Errno::EACCES));
         assert_eq!(ask("gone"), Err(Errno::ENOENT));
         assert_eq!(ask("../secret"), Err(Errno::EINVAL));
+        // A file that is served as a bdev already, which is exported.
+        let path = real.to_str().unwrap().to_owned();
+        e.add(export("d", &path, vec![Allow { session: Some("alice".into()), addr: None }])).unwrap();
+        assert_eq!(e.resolve("s", PEER, "disk", only(&path)), Err(Errno::EACCES));
+        // Names that are not UTF-8 look alike.
+        let odd = dir.join("in").join(std::ffi::OsStr::from_bytes(b"d\xff"));
+        std::fs::write(&odd, b"x").unwrap();
+        std::os::unix::fs::symlink(&odd, dir.join("in/odd")).unwrap();
+        assert_eq!(e.resolve("s", PEER, "odd", none), Err(Errno::EINVAL));
         std::fs::remove_dir_all(&dir).unwrap();
     }
 }
