@@ -343,6 +343,8 @@ fn list_exports(app: &App, wanted: Option<&str>) -> Result<Vec<ExportRow>, RpcEr
         };
         sessions.iter().flat_map(of).collect()
     };
+    // An export may name its bdev by an alias; what is open is listed by the bdev's own name.
+    let own = |name: &str| app.manager.get(name).map_or_else(|_| name.into(), |b| b.info().name.clone());
     let exports = exports(app)?;
     let exports = exports.borrow();
     let rows: Vec<ExportRow> = exports
@@ -354,7 +356,7 @@ fn list_exports(app: &App, wanted: Option<&str>) -> Result<Vec<ExportRow>, RpcEr
             bdev_name: e.bdev_name.clone(),
             read_only: e.read_only,
             allow: e.allow.clone(),
-            opens: opens(&e.bdev_name),
+            opens: opens(&own(&e.bdev_name)),
         })
         .collect();
     match wanted {
