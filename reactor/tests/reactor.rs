@@ -3,10 +3,12 @@
 use std::cell::Cell;
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use reactor::{Handle, IdlePolicy, Polled, Poller, Reactor, Turn};
+use test_support::{recv, until, until_some};
 
 const ADAPTIVE: IdlePolicy = IdlePolicy::Adaptive { spin: Duration::from_micros(50) };
 
@@ -24,7 +26,7 @@ fn spawn(policy: IdlePolicy) -> (Handle, std::thread::JoinHandle<()>) {
 fn ask<R: Send + 'static>(h: &Handle, f: impl FnOnce(&mut Turn<'_>) -> R + Send + 'static) -> R {
     let (tx, rx) = mpsc::channel();
     h.send(move |cx| tx.send(f(cx)).unwrap());
-    rx.recv_timeout(Duration::from_secs(10)).expect("the reactor answers")
+    recv(&rx)
 }
 
 struct Count(Rc<Cell<u64>>, Polled);
@@ -39,9 +41,8 @@ impl Poller for Count {
 fn messages_run_in_order_and_wake_a_sleeper() {
     let (h, join) = spawn(ADAPTIVE);
     for round in 0..200 {
-        // Long enough to be asleep now and then.
         if round % 50 == 0 {
-            std::thread::sleep(Duration::from_millis(5));
+            until("sleep", || h.stats().asleep);
         }
         assert_eq!(ask(&h, move |_| round), round);
     }
@@ -52,15 +53,16 @@ fn messages_run_in_order_and_wake_a_sleeper() {
 #[test]
 fn adaptive_sleeps_when_idle_and_poll_does_not() {
     let (h, join) = spawn(ADAPTIVE);
-    std::thread::sleep(Duration::from_millis(50));
+    until("sleep", || h.stats().asleep);
     let a = h.stats();
+    // Nothing wakes it, so there is nothing to wait for.
     std::thread::sleep(Duration::from_millis(100));
     let b = h.stats();
     assert!(b.asleep && b.turns - a.turns < 50, "{a:?} {b:?}");
     h.set_policy(IdlePolicy::Poll);
-    std::thread::sleep(Duration::from_millis(50));
+    until("turns without work", || h.stats().turns - b.turns > 1000);
     let c = h.stats();
-    assert!(!c.asleep && c.turns - b.turns > 1000, "{b:?} {c:?}");
+    assert!(!c.asleep && c.sleeps - b.sleeps <= 1, "{b:?} {c:?}");
     assert_eq!(h.policy(), IdlePolicy::Poll);
     h.stop();
     join.join().unwrap();
@@ -71,8 +73,16 @@ struct Pulse {
     next: Instant,
     last: Instant,
     rests: bool,
-    /// Times that it worked, and the shortest time between two of them.
-    seen: Rc<Cell<(u64, Duration)>>,
+    seen: Arc<Seen>,
+}
+
+/// Read without a message, which would be work.
+#[derive(Default)]
+struct Seen {
+    /// Times that it worked.
+    times: AtomicU64,
+    /// The shortest time between two of them, nanoseconds.
+    shortest: AtomicU64,
 }
 
 impl Poller for Pulse {
@@ -80,8 +90,8 @@ impl Poller for Pulse {
         if cx.now < self.next {
             return Polled::Idle;
         }
-        let (times, shortest) = self.seen.get();
-        self.seen.set((times + 1, shortest.min(cx.now - self.last)));
+        self.seen.times.fetch_add(1, Relaxed);
+        self.seen.shortest.fetch_min((cx.now - self.last).as_nanos() as u64, Relaxed);
         (self.last, self.next) = (cx.now, cx.now + Duration::from_micros(200));
         Polled::Busy
     }
@@ -99,25 +109,29 @@ impl Poller for Pulse {
 fn work_that_rests_keeps_nobody_awake_and_is_done_in_time() {
     for rests in [true, false] {
         let (h, join) = spawn(IdlePolicy::Adaptive { spin: Duration::from_millis(20) });
+        let seen = Arc::<Seen>::default();
+        let pulse = seen.clone();
         ask(&h, move |cx| {
-            let seen = Rc::new(Cell::new((0, Duration::MAX)));
-            cx.set_local(seen.clone());
             let (next, last) = (cx.now, cx.now - Duration::from_secs(1));
-            cx.add_poller("pulse", Box::new(Pulse { next, last, rests, seen }));
+            cx.add_poller("pulse", Box::new(Pulse { next, last, rests, seen: pulse }));
         });
-        std::thread::sleep(Duration::from_millis(60));
-        let before = h.stats();
-        std::thread::sleep(Duration::from_millis(100));
-        let after = h.stats();
-        let (times, shortest) = ask(&h, |cx| cx.local::<Cell<(u64, Duration)>>().unwrap().get());
-        let (turns, sleeps) = (after.turns - before.turns, after.sleeps - before.sleeps);
-        assert!(times > 0);
+        until("work", || seen.times.load(Relaxed) > 0);
         if rests {
-            assert!(sleeps > 0 && turns < 8 * (sleeps + 1), "{turns} turns, {sleeps} sleeps");
-            // Not rounded up to the milliseconds of epoll_wait.
-            assert!(shortest < Duration::from_micros(900), "{shortest:?}");
+            // The message that made it keeps it awake for a while.
+            until("rest", || h.stats().asleep);
+            seen.shortest.store(u64::MAX, Relaxed);
+            let before = h.stats();
+            until("many rests", || h.stats().sleeps - before.sleeps > 100);
+            let after = h.stats();
+            let (turns, sleeps) = (after.turns - before.turns, after.sleeps - before.sleeps);
+            assert!(turns < 8 * (sleeps + 1), "{turns} turns, {sleeps} sleeps");
+            // Not rounded up to the milliseconds of epoll_wait: else it would never come so soon.
+            until("work in time", || seen.shortest.load(Relaxed) < 900_000);
         } else {
-            assert_eq!(sleeps, 0, "{turns} turns");
+            let (before, from) = (h.stats(), seen.times.load(Relaxed));
+            until("more work", || seen.times.load(Relaxed) > from + 500);
+            let after = h.stats();
+            assert_eq!(after.sleeps - before.sleeps, 0, "{} turns", after.turns - before.turns);
         }
         h.stop();
         join.join().unwrap();
@@ -138,9 +152,9 @@ fn timers_fire_once_in_order_even_from_sleep() {
         assert!(cx.cancel(cancelled));
         assert!(!cx.cancel(cancelled));
     });
-    let got: Vec<u64> = (0..3).map(|_| rx.recv_timeout(Duration::from_secs(5)).unwrap()).collect();
+    let got: Vec<u64> = (0..3).map(|_| recv(&rx)).collect();
     assert_eq!(got, [10, 20, 30]);
-    assert!(began.elapsed() >= Duration::from_millis(30));
+    assert!(began.elapsed() >= Duration::from_millis(30), "never early");
     h.stop();
     join.join().unwrap();
 }
@@ -155,10 +169,12 @@ fn busy_and_timed_pollers_are_counted_and_removed() {
         let busy = cx.add_poller("busy", Box::new(Count(n.clone(), Polled::Busy)));
         (busy, cx.add_timed_poller("timed", Duration::from_millis(10), Box::new(Count(n, Polled::Idle))))
     });
-    std::thread::sleep(Duration::from_millis(60));
-    let stats = ask(&h, |cx| cx.poller_stats().to_vec());
-    assert!(stats[0].busy_count > 100 && stats[0].busy_count == stats[0].run_count, "{stats:?}");
-    // A busy machine may have let more time pass than was slept.
+    let stats = until_some("both at work", || {
+        let stats = ask(&h, |cx| cx.poller_stats().to_vec());
+        (stats[0].busy_count > 100 && stats[1].run_count > 2).then_some(stats)
+    });
+    assert_eq!(stats[0].busy_count, stats[0].run_count, "{stats:?}");
+    // Never early.
     let most = began.elapsed().as_millis() as u64 / 10 + 1;
     assert!((1..=most).contains(&stats[1].run_count) && stats[1].period_ns == Some(10_000_000), "{stats:?}");
     assert!(h.stats().busy_ns > 0);
@@ -170,10 +186,7 @@ fn busy_and_timed_pollers_are_counted_and_removed() {
     let left = |h: &Handle| {
         ask(h, |cx| (cx.poller_stats().len(), Rc::strong_count(&cx.local::<Cell<u64>>().unwrap())))
     };
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while left(&h) != (0, 2) {
-        assert!(Instant::now() < deadline, "{:?}", left(&h));
-    }
+    until("removal", || left(&h) == (0, 2));
     h.stop();
     join.join().unwrap();
 }
@@ -200,10 +213,9 @@ fn a_watched_descriptor_wakes_the_reactor() {
         cx.watch(fd.as_raw_fd()).unwrap();
         cx.add_poller("drain", Box::new(Drain(Rc::new(fd), tx)));
     });
-    std::thread::sleep(Duration::from_millis(20));
-    assert!(h.stats().asleep);
+    until("sleep", || h.stats().asleep);
     rustix::io::write(&writer, &1u64.to_ne_bytes()).unwrap();
-    rx.recv_timeout(Duration::from_secs(5)).unwrap();
+    recv(&rx);
     h.stop();
     join.join().unwrap();
 }
