@@ -31,7 +31,7 @@ extern "C" fn end() {
     ENDING.store(true, Ordering::Release);
     let start = Instant::now();
     while !ENDED.load(Ordering::Acquire) {
-        if start.elapsed() > Duration::from_secs(10) {
+        if start.elapsed() > test_support::patience() {
             eprintln!("SPDK did not end: the tests have left something open");
             abort();
         }
@@ -192,12 +192,8 @@ fn manager() -> Arc<Manager> {
     Manager::new(Registry::new())
 }
 
-fn soon(mut f: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !f() {
-        assert!(start.elapsed() < Duration::from_secs(10), "nothing for 10 s");
-        std::thread::sleep(Duration::from_millis(1));
-    }
+fn soon(f: impl FnMut() -> bool) {
+    test_support::until("something", f);
 }
 
 /// What SPDK removes leaves the manager, and SPDK waits for its users here.

@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bdev::uring::{self, Kind, Params, Uring};
 use bdev::{Completions, Error, Event, Flags, IoChannel, Manager, Mode, Op, Status};
@@ -265,20 +266,23 @@ fn the_wait_descriptor_wakes_exactly_when_there_is_something() {
     uring::create(&m, params("a", &file.path)).unwrap();
     let mut channel = open(&m, "a");
     let memory = Memory::scattered(&[4096], 0);
-    let readable = |channel: &IoChannel, ms: i64| {
+    let readable = |channel: &IoChannel, within: Duration| {
         // SAFETY: the channel is borrowed, so its descriptor stays open.
         let fd = unsafe { std::os::fd::BorrowedFd::borrow_raw(channel.wait_fd().unwrap()) };
-        let timeout = Timespec { tv_sec: ms / 1000, tv_nsec: ms % 1000 * 1_000_000 };
+        let timeout = Timespec::try_from(within).unwrap();
         poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout)).unwrap() > 0
     };
     let mut done = Completions::new();
     for round in 0..20 {
-        assert!(!readable(&channel, 2), "round {round}: idle");
+        assert!(!readable(&channel, Duration::from_millis(2)), "round {round}: idle");
         channel.submit(request(Op::Read, round, 1).with(&memory).io(round)).unwrap();
         channel.submit(request(Op::Flush, 0, 0).io(round)).unwrap();
         channel.kick();
         while channel.inflight() > 0 {
-            assert!(channel.ready() || readable(&channel, 5000), "round {round}: no event");
+            assert!(
+                channel.ready() || readable(&channel, test_support::patience()),
+                "round {round}: no event"
+            );
             channel.poll(&mut done);
         }
     }

@@ -4,7 +4,7 @@
 use std::any::Any;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bdev::{
     Completions, Descriptor, Event, Flags, IoChannel, IoRequest, Manager, Mode, Op, Segments, Status, delay,
@@ -115,14 +115,14 @@ impl Request {
     }
 }
 
-/// Sleeps as an idle core would. False: the channel named nothing that would end the sleep within 5 s.
+/// Sleeps as an idle core would. False: the channel named nothing that has ended the sleep.
 pub fn wait(channel: &IoChannel) -> bool {
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
     if channel.ready() {
         return true;
     }
     let due = channel.deadline().map(|d| d.saturating_duration_since(Instant::now()));
-    let timeout = due.unwrap_or(Duration::from_secs(5));
+    let timeout = due.unwrap_or(test_support::patience());
     let timeout = Timespec { tv_sec: timeout.as_secs() as i64, tv_nsec: i64::from(timeout.subsec_nanos()) };
     let fired = match channel.wait_fd() {
         Some(fd) => {
@@ -135,11 +135,11 @@ pub fn wait(channel: &IoChannel) -> bool {
     fired || due.is_some()
 }
 
-/// Calls until true; panics after 10 s.
+/// Calls until true, without pauses: those that sleep do so as the channel says.
 pub fn patiently(mut f: impl FnMut() -> bool) {
-    let start = Instant::now();
+    let (start, patience) = (Instant::now(), test_support::patience());
     while !f() {
-        assert!(start.elapsed() < Duration::from_secs(10), "nothing for 10 s");
+        assert!(start.elapsed() < patience, "nothing within {patience:?}");
     }
 }
 
