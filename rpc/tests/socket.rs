@@ -1,7 +1,7 @@
 //! The server on a real socket in a temporary directory, with clients in other threads.
 
 use rpc::{Client, ListenError, MethodTable, Responder, RpcError, Server, State, States};
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::{PollFd, PollFlags};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::io::Read;
@@ -12,29 +12,20 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-static NEXT_DIR: AtomicU32 = AtomicU32::new(0);
+use test_support::{patience, until};
 
 /// A directory that is removed at the end of the test.
-struct Dir(PathBuf);
+struct Dir(test_support::Dir);
 
 impl Dir {
     fn new() -> Self {
-        let number = NEXT_DIR.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("rpc-test-{}-{number}", std::process::id()));
-        std::fs::create_dir(&path).unwrap();
-        Dir(path)
+        Dir(test_support::Dir::new("rpc-test"))
     }
 
     fn socket(&self) -> PathBuf {
         self.0.join("rpc.sock")
-    }
-}
-
-impl Drop for Dir {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 
@@ -91,6 +82,8 @@ struct Running {
     stop: Arc<AtomicBool>,
     /// Turns of the loop, to notice spinning.
     turns: Arc<AtomicU32>,
+    /// It has nothing to do.
+    asleep: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -100,40 +93,43 @@ impl Running {
         let mut server = Server::listen(&dir.socket(), Arc::new(table())).unwrap();
         let stop = Arc::new(AtomicBool::new(false));
         let turns = Arc::new(AtomicU32::new(0));
-        let (stop2, turns2) = (Arc::clone(&stop), Arc::clone(&turns));
+        let asleep = Arc::new(AtomicBool::new(false));
+        let (stop2, turns2, asleep2) = (Arc::clone(&stop), Arc::clone(&turns), Arc::clone(&asleep));
         let thread = std::thread::spawn(move || {
             let mut app = App::default();
             while !stop2.load(Ordering::Relaxed) {
                 turns2.fetch_add(1, Ordering::Relaxed);
                 if !server.poll(&mut app) {
-                    // Long enough that no test passes by this time-out: clients give up earlier.
-                    let tick = Timespec { tv_sec: 3, tv_nsec: 0 };
+                    // No time-out, so that no test passes by it: clients give up.
                     let mut fds = [PollFd::new(&server, PollFlags::IN)];
-                    rustix::event::poll(&mut fds, Some(&tick)).unwrap();
+                    asleep2.store(true, Ordering::Relaxed);
+                    rustix::event::poll(&mut fds, None).unwrap();
+                    asleep2.store(false, Ordering::Relaxed);
                 }
             }
         });
-        Running { dir, stop, turns, thread: Some(thread) }
+        Running { dir, stop, turns, asleep, thread: Some(thread) }
     }
 
     fn client(&self) -> Client {
         let mut client = Client::connect(self.dir.socket()).unwrap();
-        client.set_timeout(Some(Duration::from_secs(2))).unwrap();
+        client.set_timeout(Some(patience())).unwrap();
         client
     }
 
     fn stream(&self) -> UnixStream {
         let stream = UnixStream::connect(self.dir.socket()).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        stream.set_read_timeout(Some(patience())).unwrap();
         stream
     }
 
-    /// Turns of the loop during a quiet moment.
-    fn turns_while_idle(&self) -> u32 {
-        std::thread::sleep(Duration::from_millis(50));
-        let before = self.turns.load(Ordering::Relaxed);
-        std::thread::sleep(Duration::from_millis(100));
-        self.turns.load(Ordering::Relaxed) - before
+    /// Waits for a moment in which the loop stands still; one that spins has none.
+    fn comes_to_rest(&self) {
+        until("the server sleeps", || {
+            let before = self.turns.load(Ordering::Relaxed);
+            std::thread::sleep(Duration::from_millis(100));
+            self.asleep.load(Ordering::Relaxed) && self.turns.load(Ordering::Relaxed) - before <= 1
+        });
     }
 }
 
@@ -146,7 +142,7 @@ impl Drop for Running {
         if !std::thread::panicking() {
             result.unwrap();
             assert!(!self.dir.socket().exists(), "the socket is removed");
-            assert_eq!(std::fs::read_dir(&self.dir.0).unwrap().count(), 0, "and so is the lock file");
+            assert_eq!(std::fs::read_dir(self.dir.0.path()).unwrap().count(), 0, "and so is the lock file");
         }
     }
 }
@@ -172,7 +168,8 @@ fn calls_and_errors() {
     assert_eq!(client.call("echo", json!({"v": 1})).unwrap_err().code, -32602);
     let names = client.call("rpc_get_methods", json!({"current": true, "include_aliases": false})).unwrap();
     assert!(names.as_array().unwrap().contains(&json!("echo")));
-    assert!(server.turns_while_idle() <= 1, "the server sleeps when idle");
+    // The server sleeps when idle.
+    server.comes_to_rest();
 }
 
 #[test]
@@ -313,11 +310,10 @@ fn replies_to_a_connection_that_is_gone_go_nowhere() {
     drop(gone);
     // Takes over the slot as soon as it is free.
     let mut client = server.client();
-    let deadline = Instant::now() + Duration::from_secs(2);
-    while Instant::now() < deadline {
+    for _ in 0..10_000 {
         assert_eq!(client.call("release", Value::Null), Ok(json!(true)));
     }
-    assert!(server.turns_while_idle() <= 1);
+    server.comes_to_rest();
 }
 
 #[test]
@@ -330,10 +326,7 @@ fn what_was_sent_before_hanging_up_is_executed() {
     );
     drop(stream);
     let mut client = server.client();
-    let deadline = Instant::now() + Duration::from_secs(2);
-    while client.call("notified", Value::Null).unwrap() != json!(200) {
-        assert!(Instant::now() < deadline, "not all notifications were executed");
-    }
+    until("all notifications are executed", || client.call("notified", Value::Null).unwrap() == json!(200));
 }
 
 #[test]
@@ -347,9 +340,10 @@ fn the_65th_client_waits_for_a_free_place() {
     waiting.send_bytes(br#"{"method":"echo","params":{"value":65},"id":1}"#).unwrap();
     waiting.set_timeout(Some(Duration::from_millis(100))).unwrap();
     assert_eq!(waiting.receive().unwrap_err().code, -110);
-    assert!(server.turns_while_idle() <= 1, "a waiting client does not keep the server awake");
+    // A waiting client does not keep the server awake.
+    server.comes_to_rest();
     clients.pop();
-    waiting.set_timeout(Some(Duration::from_secs(2))).unwrap();
+    waiting.set_timeout(Some(patience())).unwrap();
     assert_eq!(waiting.receive().unwrap()["result"], 65);
 }
 
@@ -363,7 +357,8 @@ fn slow_reader_is_held_back_and_loses_nothing() {
     slow.send_bytes(requests.as_bytes()).unwrap();
     slow.notify("notify", Value::Null).unwrap();
     let mut other = server.client();
-    assert!(server.turns_while_idle() <= 1, "a full queue does not keep the server awake");
+    // A full queue does not keep the server awake.
+    server.comes_to_rest();
     assert_eq!(
         other.call("notified", Value::Null),
         Ok(json!(0)),
@@ -415,15 +410,14 @@ fn many_requests_at_once_are_all_answered() {
     let text: String = (0..1000).map(|id| format!("{{\"method\":\"keep\",\"id\":{id}}}")).collect();
     client.send_bytes(text.as_bytes()).unwrap();
     let mut got = 0;
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while got < 1000 {
-        assert!(Instant::now() < deadline, "{got} of 1000 replies came");
+    client.set_timeout(Some(Duration::from_millis(50))).unwrap();
+    until("1000 replies", || {
         writer.call("release", Value::Null).unwrap();
-        client.set_timeout(Some(Duration::from_millis(50))).unwrap();
         while client.receive().is_ok() {
             got += 1;
         }
-    }
+        got == 1000
+    });
 }
 
 /// All requests are in the decoder when the limit is reached, so that the socket will not wake the server for the rest.
@@ -434,7 +428,7 @@ fn requests_held_back_go_on_when_the_others_are_answered() {
     let mut text = "{\"method\":\"keep\",\"id\":1}".repeat(256);
     text += "{\"method\":\"echo\",\"params\":{\"value\":2},\"id\":2}";
     client.send_bytes(text.as_bytes()).unwrap();
-    assert!(server.turns_while_idle() <= 1);
+    server.comes_to_rest();
     assert_eq!(server.client().call("release", Value::Null), Ok(json!(true)));
     for _ in 0..256 {
         assert_eq!(client.receive().unwrap()["id"], 1);
@@ -464,7 +458,7 @@ fn stale_files_are_replaced_but_other_files_are_not() {
     drop(UnixListener::bind(&socket).unwrap());
     std::fs::write(dir.0.join("rpc.sock.lock"), "999999\n").unwrap();
     drop(Server::listen(&socket, Arc::new(table())).unwrap());
-    assert_eq!(std::fs::read_dir(&dir.0).unwrap().count(), 0);
+    assert_eq!(std::fs::read_dir(dir.0.path()).unwrap().count(), 0);
 
     std::fs::write(&socket, "precious").unwrap();
     let error = Server::listen(&socket, Arc::new(table())).err().unwrap();
