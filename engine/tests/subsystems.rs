@@ -78,6 +78,7 @@ impl Subsystem for Part {
 }
 
 struct Program {
+    _dir: test_support::Dir,
     control: Option<Handle>,
     thread: JoinHandle<Result<(), Error>>,
     told: Receiver<String>,
@@ -85,9 +86,8 @@ struct Program {
 
 /// Parts by name; those named stuck… are.
 fn start(parts: &'static [&'static str], config: Value, on_ready: fn() -> Option<OnReady>) -> Program {
-    static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-    let n = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-    let rpc_socket = std::env::temp_dir().join(format!("engine-{}-{n}.sock", std::process::id()));
+    let dir = test_support::Dir::new("engine");
+    let rpc_socket = dir.join("rpc.sock");
     let (tell, told) = channel();
     let (tx, rx) = channel();
     let thread = std::thread::spawn(move || {
@@ -110,7 +110,7 @@ fn start(parts: &'static [&'static str], config: Value, on_ready: fn() -> Option
         };
         app::run(options, |control| tx.send(control.clone()).unwrap())
     });
-    Program { control: rx.recv().ok(), thread, told }
+    Program { _dir: dir, control: rx.recv().ok(), thread, told }
 }
 
 impl Program {
@@ -183,7 +183,7 @@ fn methods_find_their_state_and_the_program_its_subsystems() {
     assert_eq!(rx.recv().unwrap().unwrap(), 1);
     assert_eq!(rx.recv().unwrap().unwrap(), 2);
     assert!(rx.recv().unwrap().unwrap_err().message.contains("no parameters"));
-    p.app(move |app, cx| {
+    p.app(move |app, _| {
         app.call("framework_get_subsystems", &Value::Null, {
             let tx = tx.clone();
             move |_, _, answer| tx.send(answer).unwrap()
@@ -193,16 +193,13 @@ fn methods_find_their_state_and_the_program_its_subsystems() {
             move |_, _, answer| tx.send(answer).unwrap()
         });
         app.call("log_get_flags", &Value::Null, move |_, _, answer| tx.send(answer).unwrap());
-        cx.after(Duration::from_millis(50), |cx| {
-            let control = cx.handle().clone();
-            App::send(&control, App::shutdown);
-        });
     });
     let names: Vec<Value> =
         rx.recv().unwrap().unwrap().as_array().unwrap().iter().map(|s| s["subsystem"].clone()).collect();
     assert_eq!(names, ["reactor", "bdev", "a", "b"]);
     assert_eq!(rx.recv().unwrap().unwrap(), json!([2]));
     assert_eq!(rx.recv().unwrap().unwrap()["part"], false);
+    p.app(App::shutdown);
     p.end().0.unwrap();
 }
 
@@ -232,7 +229,7 @@ fn what_names_a_bdev_of_the_future_waits_for_it() {
     let saved = call("framework_get_config", json!({"name": "bdev"})).unwrap();
     assert!(saved.as_array().unwrap().contains(&delay("d1", "d0")), "{saved}");
     call("bdev_null_create", blank("late")).unwrap();
-    let shown = call("bdev_get_bdevs", json!({"name": "d1", "timeout": 5000})).unwrap();
+    let shown = call("bdev_get_bdevs", json!({"name": "d1", "timeout": 120_000})).unwrap();
     assert_eq!(shown[0]["name"], "d1");
     let saved = call("framework_get_config", json!({"name": "bdev"})).unwrap();
     assert_eq!(saved.as_array().unwrap().iter().filter(|c| c["method"] == "bdev_delay_create").count(), 2);
