@@ -11,16 +11,16 @@ use exports::nbd::Nbd;
 use reactor::IdlePolicy;
 use rpc::{Client, Config, RpcError};
 use serde_json::{Value, json};
+use test_support::Dir;
 
 struct Program {
-    dir: PathBuf,
+    dir: Dir,
     thread: JoinHandle<Result<(), app::Error>>,
 }
 
 impl Program {
-    fn start(name: &str) -> Self {
-        let dir = std::env::temp_dir().join(format!("nbd-rpc-test-{}-{name}", std::process::id()));
-        std::fs::create_dir(&dir).unwrap();
+    fn start() -> Self {
+        let dir = Dir::new("nbd-rpc-test");
         let calls = json!([
             {"method": "bdev_null_create", "params": {"name": "N0", "num_blocks": 64, "block_size": 512}},
             {"method": "bdev_null_create", "params": {"name": "Big", "num_blocks": 64, "block_size": 8192}}]);
@@ -63,13 +63,12 @@ impl Program {
     fn stop(self) {
         self.call("spdk_kill_instance", json!({"sig_name": "SIGTERM"})).unwrap();
         self.thread.join().unwrap().unwrap();
-        std::fs::remove_dir_all(self.dir).unwrap();
     }
 }
 
 #[test]
 fn what_makes_no_sense_is_refused_in_words() {
-    let p = Program::start("refused");
+    let p = Program::start();
     let start = |members: Value| {
         let mut params = json!({"bdev_name": "N0", "nbd_device": "/dev/nbd0"});
         params.as_object_mut().unwrap().extend(members.as_object().unwrap().clone());
@@ -99,7 +98,7 @@ fn without_the_driver_a_start_says_so_and_leaves_nothing() {
         eprintln!("SKIPPED: this host has the NBD driver, and a test must not make devices on it");
         return;
     }
-    let p = Program::start("driver");
+    let p = Program::start();
     for control in ["auto", "netlink", "ioctl"] {
         let params = json!({"bdev_name": "N0", "control": control});
         p.refused("nbd_start_disk", params, -19, "modprobe nbd");

@@ -21,6 +21,7 @@ use nbd_proto::wire::{
 use reactor::{Handle, IdlePolicy};
 use rpc::{Client as RpcClient, Config};
 use serde_json::json;
+use test_support::{Dir, patience, recv};
 
 /// Rounds of requests in each framing.
 const MEASURED: usize = 500;
@@ -34,7 +35,7 @@ const ORIGINAL: Framing = Framing::Original { reply_magic: ORIGINAL_REPLY_MAGIC 
 fn allocations(reactor: &Handle) -> u64 {
     let (tx, rx) = mpsc::sync_channel(1);
     reactor.send(move |_| tx.send(counting::allocations()).unwrap());
-    rx.recv_timeout(Duration::from_secs(20)).unwrap()
+    recv(&rx)
 }
 
 fn cost_of_asking(reactor: &Handle) -> u64 {
@@ -51,7 +52,7 @@ fn option(number: u32, data: &[u8]) -> Vec<u8> {
 fn connect(dir: &Path, framing: Framing) -> UnixStream {
     let name = if framing.is_original() { "1997" } else { "sock" };
     let mut client = UnixStream::connect(dir.join(name)).unwrap();
-    client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    client.set_read_timeout(Some(patience())).unwrap();
     let agree = match framing {
         Framing::Structured => option(opt::STRUCTURED_REPLY, b""),
         Framing::Extended => option(opt::EXTENDED_HEADERS, b""),
@@ -123,9 +124,8 @@ fn run(client: &mut UnixStream, framing: Framing, rounds: usize) {
 
 #[test]
 fn requests_allocate_nothing() {
-    let dir = std::env::temp_dir().join(format!("nbd-alloc-{}", std::process::id()));
-    std::fs::create_dir(&dir).unwrap();
-    let (control, thread) = start(&dir);
+    let dir = Dir::new("nbd-alloc");
+    let (control, thread) = start(dir.path());
     RpcClient::connect(dir.join("rpc.sock")).unwrap().call("framework_wait_init", json!(null)).unwrap();
     let reactor = {
         let (tx, rx) = mpsc::channel();
@@ -133,7 +133,7 @@ fn requests_allocate_nothing() {
         rx.recv().unwrap()
     };
     // Data where the middle reads look, and none where the last ones do.
-    let mut filler = connect(&dir, Framing::Simple);
+    let mut filler = connect(dir.path(), Framing::Simple);
     for block in 0..8 {
         let at = (1 << 20) + block * LEN as u64;
         filler
@@ -142,7 +142,7 @@ fn requests_allocate_nothing() {
         filler.read_exact(&mut [0; 16]).unwrap();
     }
     for framing in [Framing::Simple, Framing::Structured, Framing::Extended, ORIGINAL] {
-        let mut client = connect(&dir, framing);
+        let mut client = connect(dir.path(), framing);
         run(&mut client, framing, 50);
         let asking = cost_of_asking(&reactor);
         let before = allocations(&reactor);
@@ -155,7 +155,6 @@ fn requests_allocate_nothing() {
         engine::App::send(&handle, engine::App::shutdown);
     });
     thread.join().unwrap();
-    std::fs::remove_dir_all(&dir).unwrap();
 }
 
 /// A program with malloc bdev "M0", its only export, on "sock" and, as in 1997, on "1997".

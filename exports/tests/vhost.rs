@@ -1,9 +1,7 @@
 //! vhost-user-blk controllers in a whole program: RPC methods, bdevs of all kinds, and guests that use them.
 
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use engine::log::LogControl;
 use engine::{Error, Options};
@@ -11,36 +9,34 @@ use exports::vhost::Vhost;
 use reactor::{Handle, IdlePolicy};
 use rpc::{Client as RpcClient, Config, RpcError};
 use serde_json::{Value, json};
+use test_support::{Dir, patience, until};
 use vhost_driver::{Disk, Options as Guest};
 
 struct Program {
-    dir: PathBuf,
+    dir: Dir,
     control: Handle,
     thread: Option<JoinHandle<Result<(), Error>>>,
 }
 
 impl Program {
-    /// Malloc "M0" (512-byte blocks), "M4" (4096), null "N0", file "F0", and "slow", which takes 50 ms, over "M1".
+    /// Malloc "M0" (512-byte blocks), "M4" (4096), null "N0", file "F0", and "slow", which takes 4 s, over "M1".
     fn start() -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let n = NEXT.fetch_add(1, Ordering::Relaxed);
-        let dir = std::env::temp_dir().join(format!("vhost-export-{}-{n}", std::process::id()));
-        std::fs::create_dir(&dir).unwrap();
-        std::fs::File::create(dir.join("file")).unwrap().set_len(4 << 20).unwrap();
+        let dir = Dir::new("vhost-export");
+        let file = dir.file("file", 4 << 20);
         let malloc = |name: &str, blocks: u32, size: u32| json!({ "method": "bdev_malloc_create", "params": { "name": name, "num_blocks": blocks, "block_size": size } });
         let config = json!({ "subsystems": [
             { "subsystem": "vhost_blk", "config": [
-                { "method": "vhost_set_options", "params": { "socket_dir": dir, "max_queues": 8 } },
+                { "method": "vhost_set_options", "params": { "socket_dir": dir.path(), "max_queues": 8 } },
             ]},
             { "subsystem": "bdev", "config": [
                 malloc("M0", 8192, 512),
                 malloc("M1", 8192, 512),
                 malloc("M4", 1024, 4096),
                 { "method": "bdev_null_create", "params": { "name": "N0", "num_blocks": 8192, "block_size": 512 } },
-                { "method": "bdev_uring_create", "params": { "name": "F0", "filename": dir.join("file"), "block_size": 512 } },
+                { "method": "bdev_uring_create", "params": { "name": "F0", "filename": file, "block_size": 512 } },
                 { "method": "bdev_delay_create", "params": { "name": "slow", "base_bdev_name": "M1",
-                    "avg_read_latency": 50_000, "p99_read_latency": 50_000,
-                    "avg_write_latency": 50_000, "p99_write_latency": 50_000 } },
+                    "avg_read_latency": 4_000_000, "p99_read_latency": 4_000_000,
+                    "avg_write_latency": 4_000_000, "p99_write_latency": 4_000_000 } },
             ]},
         ]});
         let socket = dir.join("rpc.sock");
@@ -90,15 +86,6 @@ impl Program {
             engine::App::send(&handle, engine::App::shutdown);
         });
         self.thread.take().unwrap().join().unwrap().unwrap();
-        std::fs::remove_dir_all(&self.dir).unwrap();
-    }
-}
-
-fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let until = Instant::now() + Duration::from_secs(20);
-    while !condition() {
-        assert!(Instant::now() < until, "{what}: not within 20 s");
-        std::thread::sleep(Duration::from_millis(2));
     }
 }
 
@@ -221,7 +208,7 @@ fn resizes_and_removals_reach_the_guest() {
     program.create("null", "N0", json!({})).unwrap();
     let mut disk = program.plug("null", Guest::default());
     let (mut ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
-    ours.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    ours.set_read_timeout(Some(patience())).unwrap();
     let request = vhost::vhost_user::message::FrontendReq::SET_BACKEND_REQ_FD;
     assert!(disk.front.send_acked(request, &[], &[std::os::fd::AsFd::as_fd(&theirs)]).unwrap());
     program.call("bdev_null_resize", json!({ "name": "N0", "new_size": 8 })).unwrap();
@@ -248,7 +235,7 @@ fn shutdown_completes_what_is_in_flight() {
         assert!(disk.submit(0, slot, 1, 0, 512, true));
     }
     disk.publish(0);
-    eventually("they are taken", || {
+    until("they are taken", || {
         let shown = program.call("vhost_get_controllers", Value::Null).unwrap();
         shown[0]["sessions"][0]["inflight_task_cnt"] == 8
     });

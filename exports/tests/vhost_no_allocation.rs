@@ -13,6 +13,7 @@ use exports::vhost::Vhost;
 use reactor::{Handle, IdlePolicy};
 use rpc::{Client as RpcClient, Config};
 use serde_json::json;
+use test_support::{Dir, recv};
 use vhost_driver::{Disk, Options as Guest};
 
 /// Requests of each kind of ring.
@@ -26,7 +27,7 @@ const KINDS: [u32; 3] = [0, 1, 4];
 fn allocations(reactor: &Handle) -> u64 {
     let (tx, rx) = mpsc::sync_channel(1);
     reactor.send(move |_| tx.send(counting::allocations()).unwrap());
-    rx.recv_timeout(Duration::from_secs(20)).unwrap()
+    recv(&rx)
 }
 
 fn cost_of_asking(reactor: &Handle) -> u64 {
@@ -55,9 +56,8 @@ fn run(disk: &mut Disk, requests: usize) {
 
 #[test]
 fn requests_allocate_nothing() {
-    let dir = std::env::temp_dir().join(format!("vhost-alloc-{}", std::process::id()));
-    std::fs::create_dir(&dir).unwrap();
-    let (control, thread) = start(&dir);
+    let dir = Dir::new("vhost-alloc");
+    let (control, thread) = start(dir.path());
     let call = |method: &str, params| RpcClient::connect(dir.join("rpc.sock")).unwrap().call(method, params);
     call("framework_wait_init", json!(null)).unwrap();
     let reactor = {
@@ -84,7 +84,6 @@ fn requests_allocate_nothing() {
         engine::App::send(&handle, engine::App::shutdown);
     });
     thread.join().unwrap();
-    std::fs::remove_dir_all(&dir).unwrap();
 }
 
 /// A program with malloc bdev "M0" and file "F0".

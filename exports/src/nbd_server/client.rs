@@ -1,7 +1,7 @@
 //! One connection, on its reactor and as the control thread knows it.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bdev::Descriptor;
@@ -51,6 +51,8 @@ pub(super) struct Stats {
     pub(super) bytes_written: AtomicU64,
     pub(super) other_ops: AtomicU64,
     pub(super) errors: AtomicU64,
+    /// The client has gone, and requests of it are still being executed.
+    pub(super) lost: AtomicBool,
 }
 
 /// With one writer a load and a store are an addition.
@@ -185,6 +187,7 @@ impl Client {
         let stale = !orderly && self.connection.in_flight() > 0;
         if stale != self.raised.is_some() {
             self.raised = stale.then(|| self.fence.raise());
+            self.stats.lost.store(stale, Ordering::Relaxed);
         }
     }
 

@@ -378,6 +378,11 @@ fn connection_row(now: Instant, id: u64, c: &Connected) -> Value {
         Peer::Tcp(addr) => Value::Object(address_row(&Address::Tcp(addr))),
     };
     let s = &c.stats;
+    let state = match (s.lost.load(Relaxed), c.closing) {
+        (true, _) => "lost",
+        (_, true) => "closing",
+        _ => "connected",
+    };
     json!({
         "id": id,
         "export": c.export_name,
@@ -385,7 +390,7 @@ fn connection_row(now: Instant, id: u64, c: &Connected) -> Value {
         "peer": peer,
         "tls": c.who.tls.as_ref().map(|t| json!({"cipher": t.cipher, "common_name": t.common_name})),
         "reactor": c.place.reactor().name(),
-        "state": if c.closing { "closing" } else { "connected" },
+        "state": state,
         "seconds": now.saturating_duration_since(c.since).as_secs(),
         "num_read_ops": s.read_ops.load(Relaxed),
         "bytes_read": s.bytes_read.load(Relaxed),
