@@ -360,9 +360,9 @@ impl Disk {
     /// The next completion of `queue`.
     ///
     /// # Errors
-    /// None within 20 s.
+    /// None within two minutes.
     pub fn wait(&mut self, queue: usize) -> io::Result<(u16, u8)> {
-        let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        let until = std::time::Instant::now() + crate::PATIENCE;
         while std::time::Instant::now() < until {
             if let Some(done) = self.poll(queue) {
                 return Ok(done);

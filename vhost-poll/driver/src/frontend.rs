@@ -5,7 +5,6 @@ use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
 
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -24,13 +23,13 @@ pub struct FrontEnd {
 }
 
 impl FrontEnd {
-    /// Connects. Answers are waited for 20 s at most.
+    /// Connects. Answers are waited for two minutes at most.
     ///
     /// # Errors
     /// The system's.
     pub fn connect(path: &Path) -> io::Result<Self> {
         let stream = UnixStream::connect(path)?;
-        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+        stream.set_read_timeout(Some(crate::PATIENCE))?;
         Ok(Self { stream })
     }
 

@@ -16,3 +16,6 @@ pub use ring::{Buf, DriverRing, RingAddrs};
 
 /// Status byte before the device has written it.
 pub const NO_STATUS: u8 = 0xff;
+
+/// How long a back end may be silent before it counts as hanging.
+const PATIENCE: std::time::Duration = std::time::Duration::from_secs(120);

@@ -10,7 +10,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use iobuf::{Region, Registry, Segment};
-use reactor::{Handle, IdlePolicy, Reactor, Turn};
+use reactor::{Handle, IdlePolicy, Reactor, ReactorStats, Turn};
+use test_support::recv;
+pub use test_support::until as eventually;
 use vhost_poll::{
     BlkStatus, Completion, Controller, ControllerOptions, Disk, DiskChannel, DiskInfo, Op, Request,
 };
@@ -254,12 +256,12 @@ impl Backend {
             let cell = cx.local::<Cell>().unwrap();
             tx.send(f(&cell.0, cx)).unwrap();
         });
-        rx.recv_timeout(Duration::from_secs(20)).unwrap()
+        recv(&rx)
     }
 
-    /// Turns of the first lane's reactor.
-    pub fn lane_turns(&self) -> u64 {
-        self.lanes[0].stats().turns
+    /// The first lane's reactor.
+    pub fn lane_stats(&self) -> ReactorStats {
+        self.lanes[0].stats()
     }
 
     /// Closes the controller and waits until it has ended.
@@ -269,7 +271,7 @@ impl Backend {
             let cell = cx.local::<Cell>().unwrap();
             cell.0.close(cx, move |_| tx.send(()).unwrap());
         });
-        rx.recv_timeout(Duration::from_secs(20)).expect("the controller ends");
+        recv(&rx);
     }
 }
 
@@ -298,13 +300,4 @@ pub fn shared_file(path: &Path, len: usize) -> Arc<Region> {
         file.set_len(len as u64).unwrap();
     }
     Region::shared(file.as_fd(), 0, len).unwrap()
-}
-
-/// Waits until `condition` is true.
-pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let until = Instant::now() + Duration::from_secs(20);
-    while !condition() {
-        assert!(Instant::now() < until, "{what}: not within 20 s");
-        std::thread::sleep(Duration::from_millis(2));
-    }
 }
