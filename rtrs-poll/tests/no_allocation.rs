@@ -136,7 +136,7 @@ fn run(paths: u8, policy: Policy) {
         reactor.run();
     });
     let handle = ready.recv().expect("the reactor starts");
-    let (time, allocations) = rx.recv_timeout(Duration::from_secs(60)).expect("requests complete");
+    let (time, allocations) = test_support::recv(&rx);
     handle.stop();
     thread.join().expect("no panic");
     println!(

@@ -15,7 +15,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use iobuf::Registry;
 use reactor::{Handle, IdlePolicy, Reactor, Turn};
@@ -27,13 +27,13 @@ use rtrs_poll::{Options, Server, SessionEvents};
 use rtrs_proto::Errno;
 use rtrs_proto::heartbeat;
 use rtrs_proto::limits::Geometry;
+pub use test_support::until as wait_for;
+use test_support::{limit, patience, recv};
 use verbs::loopback::Fabric;
 
 use disk::Disk;
 use probe::{Memory, Probe, Seen};
 
-/// How long any one thing may take.
-pub const PATIENCE: Duration = Duration::from_secs(10);
 pub const MAX_IO: u32 = 61440;
 pub const DEPTH: u16 = 24;
 
@@ -60,7 +60,7 @@ impl Thread {
     pub fn call<R: Send + 'static>(&self, f: impl FnOnce(&mut Turn<'_>) -> R + Send + 'static) -> R {
         let (tx, rx) = mpsc::channel();
         self.handle.send(move |cx| tx.send(f(cx)).expect("the test waits for it"));
-        rx.recv_timeout(PATIENCE).expect("the reactor answers")
+        recv(&rx)
     }
 }
 
@@ -199,7 +199,7 @@ impl TestServer {
         rtrs_poll::Lane::<Disk>::with_upper(&self.reactors[n].handle, move |_, disk, io| {
             tx.send(f(disk, io)).expect("the test waits for it");
         });
-        rx.recv_timeout(PATIENCE).expect("the lane answers")
+        recv(&rx)
     }
 }
 
@@ -228,7 +228,7 @@ pub struct Connected {
 /// A session over the first `paths` paths that reconnects quickly.
 pub fn session_options(paths: u8) -> SessionOptions {
     let mut o = SessionOptions::new("test", (0..paths).map(path).collect());
-    o.connect_timeout = Duration::from_secs(5);
+    o.connect_timeout = patience();
     o.reconnect = Reconnect { delay: Duration::from_millis(20), max_attempts: None };
     o
 }
@@ -240,16 +240,14 @@ pub fn once() -> SessionOptions {
     o
 }
 
+/// A peer is given up after 5 to 6 s: soon enough to wait for, and later than one that is only slow answers.
 pub fn short_heartbeat() -> heartbeat::Config {
-    heartbeat::Config { interval_ns: 30_000_000, missed_max: 3 }
+    heartbeat::Config { interval_ns: limit(1).as_nanos() as u64, missed_max: 4 }
 }
 
-pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
-    let end = Instant::now() + PATIENCE;
-    while !done() {
-        assert!(Instant::now() < end, "waited in vain for {what}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
+/// None within the time of a test.
+pub fn no_heartbeat() -> heartbeat::Config {
+    heartbeat::Config { interval_ns: (10 * patience()).as_nanos() as u64, missed_max: 3 }
 }
 
 impl TestClient {
@@ -328,7 +326,7 @@ impl TestClient {
 
     /// The next thing heard on the control thread.
     pub fn event(&self) -> Event {
-        self.heard.recv_timeout(PATIENCE).expect("something becomes of sessions")
+        recv(&self.heard)
     }
 
     /// Skips events until `f` finds what it wants.
@@ -379,7 +377,7 @@ impl TestClient {
     }
 
     pub fn next_seen(&self) -> (usize, Seen) {
-        self.seen.recv_timeout(PATIENCE).expect("something happens")
+        recv(&self.seen)
     }
 
     /// The next completion; anything else fails the test.
@@ -400,7 +398,7 @@ impl TestClient {
         Lane::<Probe>::with_upper(&self.reactors[n].handle, move |_, probe, io| {
             tx.send(f(probe, io)).expect("the test waits for it");
         });
-        rx.recv_timeout(PATIENCE).expect("the lane answers")
+        recv(&rx)
     }
 
     /// Starts a load of `slots` on each reactor of a session.

@@ -15,7 +15,7 @@ use verbs::{
 };
 use zerocopy::IntoBytes;
 
-use super::{DEPTH, MAX_IO, PATIENCE, ends};
+use super::{DEPTH, MAX_IO, ends};
 
 /// Where things to send lie behind the chunks.
 const SCRATCH: usize = 4096;
@@ -143,9 +143,9 @@ impl Rogue {
     }
 
     pub fn pump_until(&mut self, accept_private: &[u8], mut done: impl FnMut(&mut Self) -> bool) {
-        let end = Instant::now() + PATIENCE;
+        let (begin, patience) = (Instant::now(), test_support::patience());
         while !done(self) {
-            assert!(Instant::now() < end, "the client does not do what it should");
+            assert!(begin.elapsed() < patience, "the client does not do what it should");
             self.pump(accept_private);
         }
     }
