@@ -11,8 +11,9 @@ use engine::log::LogControl;
 use reactor::{Handle, IdlePolicy};
 use rnbd_initiator::bdev::BdevRnbd;
 use serde_json::{Value, json};
+use test_support::Dir;
 use verbs::loopback::Fabric;
-use world::{Dir, Net, Target, malloc, until};
+use world::{Net, Target, malloc, until};
 
 struct Program {
     control: Handle,
@@ -25,8 +26,8 @@ impl Program {
         let config = json!({"subsystems": [{"subsystem": "bdev", "config": calls}]});
         let config = rpc::Config::parse(config.to_string().into_bytes(), "test").unwrap();
         let (tx, rx) = mpsc::channel();
-        let dir = Dir::new();
-        let (rpc_socket, fabric) = (dir.0.join("i"), fabric.clone());
+        let dir = Dir::new("rnbd-methods");
+        let (rpc_socket, fabric) = (dir.join("i"), fabric.clone());
         let thread = std::thread::spawn(move || {
             let options = Options {
                 program: "initiator",

@@ -12,7 +12,7 @@ use std::time::Duration;
 use bdev::{Flags, IoRequest, Mode, Op, Segments, Status};
 use nbd::{Client, FLAGS, Server, Speaks};
 use rnbd_initiator::bdev::nbd::{Dialect, NbdError, NbdParams, Timeouts};
-use world::load::Load;
+use world::load::{Load, Outcome};
 use world::until;
 
 const SIZE: usize = 4 << 20;
@@ -91,9 +91,10 @@ fn late_writes_undo_nothing() {
     for _ in 0..3 {
         load.goes_on(300);
         let before = server.connections.load(Relaxed);
-        server.mood.stall_ms.store(1000, Relaxed);
+        server.mood.stall.begin();
+        until("a stall", || server.mood.stall.stands());
         until("another connection", || server.connections.load(Relaxed) > before);
-        until("the end of the stall", || server.mood.stall_ms.load(Relaxed) == 0);
+        server.mood.stall.end();
     }
     load.goes_on(1000);
     load.stop().good();
@@ -101,10 +102,23 @@ fn late_writes_undo_nothing() {
     client.delete(false).unwrap();
 }
 
-/// Something in between cuts connections, and the server executes what it has of them a little later.
+/// Something in between cuts connections, and the server executes what it has of them a little later: sooner than the
+/// client repeats it. A server that is later than that, on a machine with other work, shows nothing.
 #[test]
 fn what_a_cut_leaves_at_the_server_undoes_nothing() {
     let client = Client::new();
+    until("a server that is only a little late", || {
+        let (latest_ms, outcome) = executed_late(&client);
+        let soon = latest_ms < 200;
+        if soon {
+            outcome.good();
+        }
+        soon
+    });
+}
+
+/// How late, and what came of it.
+fn executed_late(client: &Client) -> (u64, Outcome) {
     let server = Server::start(Speaks::Simple, SIZE);
     let p = client.params(&server);
     client.create(NbdParams { connections: Some(4), ..p }).unwrap();
@@ -116,8 +130,9 @@ fn what_a_cut_leaves_at_the_server_undoes_nothing() {
     until("eight cuts", || server.connections.load(Relaxed) >= before + 8);
     server.mood.cut_after.store(0, Relaxed);
     load.goes_on(500);
-    load.stop().good();
+    let outcome = load.stop();
     client.delete(false).unwrap();
+    (server.mood.latest_ms.load(Relaxed), outcome)
 }
 
 #[test]
@@ -154,7 +169,9 @@ fn io_waits_for_its_time_and_no_longer() {
     server.mood.closed.store(true, Relaxed);
     server.mood.cut_after.store(1, Relaxed);
     client.wait_state("closed");
-    std::thread::sleep(Duration::from_millis(900));
+    // Nothing else ends them now.
+    let done = load.done();
+    until("requests fail", || load.done() > done);
     let outcome = load.stop();
     assert!(matches!(outcome.failed, Some((_, Status::TimedOut))), "{outcome:?}");
     assert_eq!(outcome.mismatch, None);
@@ -294,7 +311,7 @@ fn a_channel_is_dropped_with_requests_in_flight() {
     assert!(memory.copy_in(0, &[0xee; 1 << 20]));
     let descriptor = client.manager.open("N", Mode::ReadWrite, Box::new(|_| ())).unwrap();
     server.disk.lock().unwrap().fill(1);
-    server.mood.stall_ms.store(600, Relaxed);
+    server.mood.stall.begin();
     let (m, reactor) = (memory.clone(), &client.reactors[0]);
     let (sent, wait) = std::sync::mpsc::channel();
     reactor.send(move |cx| {
@@ -313,7 +330,7 @@ fn a_channel_is_dropped_with_requests_in_flight() {
     });
     wait.recv().unwrap();
     // The first request is read before the server stands still.
-    std::thread::sleep(Duration::from_millis(100));
+    until("a stall", || server.mood.stall.stands());
     let before = server.connections.load(Relaxed);
     let (gone, wait) = std::sync::mpsc::channel();
     reactor.send(move |cx| {
@@ -325,6 +342,7 @@ fn a_channel_is_dropped_with_requests_in_flight() {
     let mut there = vec![0; 1 << 20];
     assert!(memory.copy_out(0, &mut there));
     until("another connection", || server.connections.load(Relaxed) > before);
+    server.mood.stall.end();
     let load = Load::start(&client.manager, &client.reactors[0], "N", 8, 8);
     load.goes_on(500);
     load.stop().good();

@@ -13,9 +13,7 @@ use engine::log::LogControl;
 use engine::{App, Options, app};
 use reactor::{Handle, IdlePolicy};
 use serde_json::json;
-
-/// Longer than anything here takes, on a slow machine too.
-const PATIENCE: Duration = Duration::from_secs(30);
+use test_support::{Dir, patience, until};
 
 /// Addresses and files of one test.
 struct Place {
@@ -23,28 +21,20 @@ struct Place {
     client: Ipv4Addr,
     /// Of a second path.
     others: [Ipv4Addr; 2],
-    dir: PathBuf,
+    dir: Dir,
 }
 
 impl Place {
     /// The RoCE port is the same for all, so every test has addresses of its own.
-    fn new(test: u8) -> Self {
-        let id = std::process::id();
-        let address = |last| Ipv4Addr::new(127, 120 + test, (id % 250) as u8, last);
-        let dir = std::env::temp_dir().join(format!("rnbd-direct-{id}-{test}"));
-        std::fs::create_dir(&dir).unwrap();
+    fn new() -> Self {
+        let network = test_support::network();
+        let address = |last| test_support::address(network, last);
+        let dir = Dir::new("rnbd-direct");
         Self { server: address(1), client: address(2), others: [address(3), address(4)], dir }
     }
 
     fn file(&self, name: &str) -> PathBuf {
         self.dir.join(name)
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        // Failure leaves a directory in /tmp, which spoils no test.
-        let _ = std::fs::remove_dir_all(&self.dir);
     }
 }
 
@@ -71,7 +61,6 @@ impl Target {
         let config = json!({"subsystems": [
             {"subsystem": "bdev", "config": [malloc("M0"), malloc("M1")]},
             {"subsystem": "rnbd", "config": [
-                {"method": "rnbd_set_options", "params": {"heartbeat_interval_ms": 500}},
                 export("disk0", "M0", false), export("image", "M1", true),
                 listen(place.server), listen(place.others[0])]}]});
         let rpc_socket = place.file("target.sock");
@@ -143,7 +132,7 @@ impl Initiator {
 
     /// The next line that has all of `words`.
     fn says(&mut self, words: &[&str]) -> String {
-        let until = Instant::now() + PATIENCE;
+        let until = Instant::now() + patience();
         loop {
             match self.lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
                 Ok(line) => {
@@ -159,6 +148,14 @@ impl Initiator {
                 }
             }
         }
+    }
+
+    /// Waits for a state, in which the program still runs.
+    fn until(&mut self, what: &str, mut state: impl FnMut() -> bool) {
+        until(what, || {
+            assert!(self.child.try_wait().unwrap().is_none(), "{}", self.stderr());
+            state()
+        });
     }
 
     fn stderr(&mut self) -> String {
@@ -190,7 +187,7 @@ impl Drop for Initiator {
 /// What an NBD server says first (NBD protocol, fixed newstyle).
 fn greeting(socket: &Path) -> Vec<u8> {
     let mut stream = UnixStream::connect(socket).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_read_timeout(Some(patience())).unwrap();
     let mut bytes = vec![0; 16];
     stream.read_exact(&mut bytes).unwrap();
     bytes
@@ -198,7 +195,7 @@ fn greeting(socket: &Path) -> Vec<u8> {
 
 #[test]
 fn mapped_lost_restored_and_let_go() {
-    let place = Place::new(0);
+    let place = Place::new();
     let target = Target::start(&place);
     let socket = place.file("disk0.nbd");
     let mut p = Initiator::map(&place, &["device_path=disk0", "--nbd-socket", socket.to_str().unwrap()]);
@@ -223,7 +220,7 @@ fn mapped_lost_restored_and_let_go() {
 
 #[test]
 fn refusals_are_told_in_words() {
-    let place = Place::new(1);
+    let place = Place::new();
     let target = Target::start(&place);
     let socket = place.file("x.nbd");
     let socket = socket.to_str().unwrap();
@@ -249,7 +246,7 @@ fn refusals_are_told_in_words() {
 
 #[test]
 fn read_only() {
-    let place = Place::new(2);
+    let place = Place::new();
     let target = Target::start(&place);
     let socket = place.file("image.nbd");
     let words = ["device_path=image", "access_mode=ro", "--nbd-socket", socket.to_str().unwrap()];
@@ -263,13 +260,13 @@ fn read_only() {
 
 #[test]
 fn the_shipped_configuration() {
-    shipped_configuration(&Place::new(3), false);
+    shipped_configuration(&Place::new(), false);
 }
 
 /// What is made of the disk waits for it, and the rest of the program does not.
 #[test]
 fn the_shipped_configuration_before_its_server() {
-    shipped_configuration(&Place::new(4), true);
+    shipped_configuration(&Place::new(), true);
 }
 
 fn shipped_configuration(place: &Place, late: bool) {
@@ -288,31 +285,22 @@ fn shipped_configuration(place: &Place, late: bool) {
     }
     std::fs::write(&file, text).unwrap();
     let mut p = Initiator::run(place, &["-c", file.to_str().unwrap()]);
-    let until = Instant::now() + PATIENCE;
     if late {
-        while !rpc::Client::connect(place.file("initiator.sock"))
-            .is_ok_and(|mut rpc| rpc.call("framework_wait_init", serde_json::Value::Null).is_ok())
-        {
-            assert!(Instant::now() < until && p.child.try_wait().unwrap().is_none(), "{}", p.stderr());
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        p.until("the initialisation", || {
+            rpc::Client::connect(place.file("initiator.sock"))
+                .is_ok_and(|mut rpc| rpc.call("framework_wait_init", serde_json::Value::Null).is_ok())
+        });
         assert!(!socket.exists());
         target = Some(Target::start(place));
     }
-    while !socket.exists() {
-        assert!(Instant::now() < until && p.child.try_wait().unwrap().is_none(), "{}", p.stderr());
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    p.until("the socket", || socket.exists());
     assert_eq!(greeting(&socket), b"NBDMAGICIHAVEOPT");
     let connected = || {
         let mut rpc = rpc::Client::connect(place.file("initiator.sock")).unwrap();
         let sessions = rpc.call("bdev_rnbd_get_sessions", serde_json::Value::Null).unwrap();
         sessions[0]["paths"].as_array().unwrap().iter().filter(|p| p["state"] == "connected").count()
     };
-    while connected() < 2 {
-        assert!(Instant::now() < until, "only {} of two paths are connected", connected());
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    p.until("two connected paths", || connected() == 2);
     p.interrupt();
     let (status, stderr) = p.end();
     assert_eq!(status, 0, "{stderr}");

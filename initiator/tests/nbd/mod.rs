@@ -17,7 +17,7 @@ use nbd_proto::client::Server as Place;
 use reactor::{Handle, IdlePolicy, Reactor, Team};
 use rnbd_initiator::bdev::nbd::{DriveInfo, Drives, NbdError, NbdParams, Timeouts};
 
-use crate::world::{PATIENCE, until};
+use crate::world::until;
 
 /// What a server speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,14 +43,48 @@ pub struct Mood {
     /// So many milliseconds after the cut the request is executed: something in between has cut, and the server reads
     /// on.
     pub late_ms: AtomicU64,
-    /// So many milliseconds nothing is read, once.
-    pub stall_ms: AtomicU64,
+    /// How late that was at most, as the machine let it be.
+    pub latest_ms: AtomicU64,
+    /// One connection stands still: it reads nothing more.
+    pub stall: Stall,
     /// Answers in another order than that of the requests.
     pub reorder: AtomicBool,
     /// Error for everything, once.
     pub error: AtomicU64,
     /// New connections are closed at once.
     pub closed: AtomicBool,
+}
+
+/// A connection that stands still, until it is told to go on.
+#[derive(Debug, Default)]
+pub struct Stall(AtomicU64);
+
+impl Stall {
+    const WANTED: u64 = 1;
+    const STANDS: u64 = 2;
+
+    /// The connection that gets its next request first, or is between two of them, shall stand still.
+    pub fn begin(&self) {
+        assert_eq!(self.0.swap(Self::WANTED, Ordering::Relaxed), 0, "one stall at a time");
+    }
+
+    /// A connection stands still.
+    pub fn stands(&self) -> bool {
+        self.0.load(Ordering::Relaxed) == Self::STANDS
+    }
+
+    pub fn end(&self) {
+        self.0.store(0, Ordering::Relaxed);
+    }
+
+    /// Where a connection stands, if it is to.
+    fn here(&self) {
+        let wanted =
+            self.0.compare_exchange(Self::WANTED, Self::STANDS, Ordering::Relaxed, Ordering::Relaxed);
+        while wanted.is_ok() && self.stands() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
 }
 
 /// One server with a disk in memory.
@@ -152,8 +186,7 @@ impl Connection {
         self.greet()?;
         let mut held: VecDeque<Vec<u8>> = VecDeque::new();
         loop {
-            let stall = self.mood.stall_ms.swap(0, Ordering::Relaxed);
-            std::thread::sleep(Duration::from_millis(stall));
+            self.mood.stall.here();
             let request = match self.request() {
                 Ok(request) => request,
                 Err(e) => {
@@ -173,9 +206,11 @@ impl Connection {
             }
             let late = self.mood.late_ms.load(Ordering::Relaxed);
             if cut && late > 0 {
+                let cut = Instant::now();
                 self.cut()?;
                 std::thread::sleep(Duration::from_millis(late));
                 self.execute(&request);
+                self.mood.latest_ms.fetch_max(cut.elapsed().as_millis() as u64, Ordering::Relaxed);
                 return Ok(());
             }
             let answer = self.execute(&request);
@@ -383,7 +418,8 @@ impl Client {
 
     /// A device with short delays.
     pub fn params(&self, server: &Server) -> NbdParams {
-        let timeouts = Timeouts { reconnect_delay: Duration::from_millis(50), ..Timeouts::default() };
+        let reconnect_delay = Duration::from_millis(50);
+        let timeouts = Timeouts { reconnect_delay, connect: test_support::patience(), ..Timeouts::default() };
         NbdParams { timeouts, ..NbdParams::new("N", server.place(), "") }
     }
 
@@ -393,7 +429,7 @@ impl Client {
     ) -> T {
         let (tx, rx) = mpsc::channel();
         Drives::send(&self.control, move |d, cx| f(d, cx, Box::new(move |r| tx.send(r).unwrap())));
-        rx.recv_timeout(PATIENCE).expect("an answer in time")
+        test_support::recv(&rx)
     }
 
     pub fn create(&self, params: NbdParams) -> Result<String, NbdError> {
@@ -413,7 +449,7 @@ impl Client {
     }
 
     pub fn wait_state(&self, state: &str) {
-        until(&format!("N is {state}"), || self.device().state == state);
+        until(format_args!("N is {state}"), || self.device().state == state);
     }
 
     pub fn up(&self) -> usize {

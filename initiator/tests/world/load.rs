@@ -119,7 +119,7 @@ impl Load {
     /// Waits until `n` more requests have completed.
     pub fn goes_on(&self, n: u64) {
         let from = self.done();
-        super::until(&format!("{n} requests after {from}"), || self.done() >= from + n);
+        super::until(format_args!("{n} requests after {from}"), || self.done() >= from + n);
     }
 
     /// The size that the last resize event told, 0 without any.
@@ -136,7 +136,7 @@ impl Load {
 
     /// Waits for its end.
     pub fn outcome(self) -> Outcome {
-        self.outcome.recv_timeout(super::PATIENCE).expect("the load ends")
+        test_support::recv(&self.outcome)
     }
 
     /// As [`Load::stop`], without waiting: the outcome may come much later.

@@ -4,8 +4,7 @@
 pub mod load;
 
 use std::net::IpAddr;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -20,32 +19,26 @@ use rnbd_target::rnbd::{Rnbd, RnbdState};
 use rpc::RpcError;
 use rtrs_poll::client::Reconnect;
 use serde_json::{Value, json};
+pub use test_support::until;
+use test_support::{Dir, patience, recv};
 use verbs::Cm;
 use verbs::loopback::Fabric;
-
-/// Longer than anything here takes, on a slow machine too.
-pub const PATIENCE: Duration = Duration::from_secs(30);
-
-/// Waits until `f` is true.
-pub fn until(what: &str, mut f: impl FnMut() -> bool) {
-    let end = Instant::now() + PATIENCE;
-    while !f() {
-        assert!(Instant::now() < end, "not within {PATIENCE:?}: {what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
 
 /// How targets and initiators reach each other.
 #[derive(Clone)]
 pub enum Net {
     Loopback(Fabric),
-    /// Over UDP between addresses of 127.NN.
-    SoftRoce(u8),
+    /// Over UDP between addresses of this network.
+    SoftRoce([u8; 3]),
 }
 
 impl Net {
     pub fn loopback() -> Self {
         Self::Loopback(Fabric::new())
+    }
+
+    pub fn soft_roce() -> Self {
+        Self::SoftRoce(test_support::network())
     }
 
     pub fn provider(&self) -> &'static str {
@@ -67,7 +60,7 @@ impl Net {
         let last = if server { 1 + n } else { 101 + n };
         match self {
             Self::Loopback(_) => [10, 0, 0, last].into(),
-            Self::SoftRoce(net) => [127, 150, *net, last].into(),
+            Self::SoftRoce(network) => test_support::address(*network, last).into(),
         }
     }
 
@@ -77,31 +70,9 @@ impl Net {
     }
 }
 
-/// A directory that goes away.
-pub struct Dir(pub PathBuf);
-
-impl Dir {
-    pub fn new() -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let n = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path =
-            PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("rnbd-{}-{n}", std::process::id()));
-        std::fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-
-    /// A file of zeroes.
-    pub fn file(&self, name: &str, len: u64) -> String {
-        let path = self.0.join(name);
-        std::fs::File::create(&path).unwrap().set_len(len).unwrap();
-        path.to_str().unwrap().to_owned()
-    }
-}
-
-impl Drop for Dir {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
+/// A directory on a disk, where direct I/O works.
+pub fn disk_dir() -> Dir {
+    Dir::new_in(Path::new(env!("CARGO_TARGET_TMPDIR")), "rnbd")
 }
 
 pub fn malloc(name: &str, block_size: u32) -> Value {
@@ -110,7 +81,7 @@ pub fn malloc(name: &str, block_size: u32) -> Value {
         "params": {"name": name, "num_blocks": num_blocks, "block_size": block_size}})
 }
 
-pub fn uring(name: &str, file: &str) -> Value {
+pub fn uring(name: &str, file: &Path) -> Value {
     json!({"method": "bdev_uring_create", "params": {"name": name, "filename": file, "block_size": 512}})
 }
 
@@ -140,8 +111,8 @@ impl Target {
         ]});
         let config = rpc::Config::parse(config.to_string().into_bytes(), "test").unwrap();
         let (tx, rx) = mpsc::channel();
-        let dir = Dir::new();
-        let (rpc_socket, net) = (dir.0.join("t"), net.clone());
+        let dir = Dir::new("rnbd-target");
+        let (rpc_socket, net) = (dir.join("t"), net.clone());
         let thread = std::thread::spawn(move || {
             let options = Options {
                 program: rnbd_target::PROGRAM,
@@ -223,7 +194,7 @@ pub fn call(control: &Handle, method: &str, params: Value) -> Result<Value, RpcE
     App::send(control, move |app, _| {
         app.call(&method, &params, move |_, _, result| tx.send(result).unwrap());
     });
-    rx.recv_timeout(PATIENCE).expect("an answer in time")
+    recv(&rx)
 }
 
 /// bdev_rnbd on a control thread and reactors of its own, without a program around it.
@@ -265,7 +236,7 @@ impl Initiator {
     pub fn run<R: Send + 'static>(&self, f: impl FnOnce(&mut Maps) -> R + Send + 'static) -> R {
         let (tx, rx) = mpsc::channel();
         Maps::send(&self.control, move |m, _| tx.send(f(m)).unwrap());
-        rx.recv_timeout(PATIENCE).expect("an answer in time")
+        recv(&rx)
     }
 
     /// Short delays, one path.
@@ -273,13 +244,13 @@ impl Initiator {
         let mut p = MapParams::new(name, "host1", device_path, vec![self.net.path(0)]);
         p.session.provider = self.net.provider().into();
         p.session.reconnect = Reconnect { delay: Duration::from_millis(50), max_attempts: None };
-        p.session.connect_timeout = Duration::from_secs(5);
+        p.session.connect_timeout = patience();
         p.resize_check = None;
         p
     }
 
     pub fn map(&self, params: MapParams) -> Result<String, MapError> {
-        self.start_map(params).recv_timeout(PATIENCE).expect("an answer in time")
+        recv(&self.start_map(params))
     }
 
     pub fn start_map(&self, params: MapParams) -> mpsc::Receiver<Result<String, MapError>> {
@@ -293,13 +264,13 @@ impl Initiator {
         Maps::send(&self.control, move |m, cx| {
             m.unmap(cx, &name, force, Box::new(move |r| tx.send(r).unwrap()));
         });
-        rx.recv_timeout(PATIENCE).expect("an answer in time")
+        recv(&rx)
     }
 
     pub fn remap(&self, name: &str) -> Result<String, MapError> {
         let (name, (tx, rx)) = (name.to_owned(), mpsc::channel());
         Maps::send(&self.control, move |m, cx| m.remap(cx, &name, Box::new(move |r| tx.send(r).unwrap())));
-        rx.recv_timeout(PATIENCE).expect("an answer in time")
+        recv(&rx)
     }
 
     pub fn resize(&self, name: &str, blocks: Option<u64>) -> Result<u64, MapError> {
@@ -307,7 +278,7 @@ impl Initiator {
         Maps::send(&self.control, move |m, cx| {
             m.resize(cx, &name, blocks, Box::new(move |r| tx.send(r).unwrap()));
         });
-        rx.recv_timeout(PATIENCE).expect("an answer in time")
+        recv(&rx)
     }
 
     pub fn device(&self, name: &str) -> DeviceInfo {
@@ -316,7 +287,7 @@ impl Initiator {
     }
 
     pub fn wait_state(&self, name: &str, state: State) {
-        until(&format!("{name} is {}", state.name()), || self.device(name).state == state);
+        until(format_args!("{name} is {}", state.name()), || self.device(name).state == state);
     }
 
     /// Names of all sessions.
