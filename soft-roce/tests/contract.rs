@@ -17,7 +17,7 @@ fn world() -> World {
         let options = Options { progress_thread: true, ..Options::default() };
         HOST.get_or_init(|| SoftRoce::new(options).expect("software RoCE")).cm().expect("connection manager")
     };
-    // Addresses of this process, as others may test beside it.
-    let [.., b, c] = std::process::id().to_be_bytes();
-    World::new(open, &format!("127.{}.{c}.1,127.{}.{c}.2", 64 | b & 63, 64 | b & 63))
+    static NETWORK: OnceLock<[u8; 3]> = OnceLock::new();
+    let network = *NETWORK.get_or_init(test_support::network);
+    World::new(open, &common::ips(network))
 }

@@ -6,18 +6,18 @@ mod common;
 mod raw;
 
 use std::net::{IpAddr, SocketAddr};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::{Setup, until};
 use iobuf::Region;
 use raw::RawPeer;
 use roce_proto::{Aeth, Headers, Opcode};
 use soft_roce::{Options, SoftRoce};
+use test_support::patience;
 use verbs::*;
 
 /// Longer than an answer takes, which would come at the end of a turn.
 const SILENCE: Duration = Duration::from_millis(30);
-const ANSWER: Duration = Duration::from_secs(10);
 
 /// The honest side.
 struct Victim {
@@ -32,11 +32,10 @@ struct Victim {
 }
 
 impl Victim {
-    /// On 127.`net`.0.1, with a peer on .2.
-    fn new(net: u8) -> Self {
-        // Addresses of this process, as others may test beside it.
-        let [.., pid] = std::process::id().to_be_bytes();
-        let ip = |last: u8| IpAddr::from([127, net, pid, last]);
+    /// With a peer on an address beside it.
+    fn new() -> Self {
+        let network = test_support::network();
+        let ip = |last: u8| IpAddr::from(test_support::address(network, last));
         let addr = SocketAddr::new(ip(1), 7000);
         let options = Options { progress_thread: true, ..Options::default() };
         let mut cm = SoftRoce::new(options).unwrap().cm().unwrap();
@@ -72,11 +71,7 @@ impl Victim {
     }
 
     fn wait_for(&self, counter: &str, value: u64) {
-        let start = Instant::now();
-        while self.count(counter) < value {
-            assert!(start.elapsed() < ANSWER, "{counter} stays at {}", self.count(counter));
-            std::thread::yield_now();
-        }
+        until(counter, || (self.count(counter) >= value).then_some(()));
         assert_eq!(self.count(counter), value, "{counter}");
     }
 
@@ -98,7 +93,7 @@ impl Victim {
             (self.cq.poll(&mut out).unwrap() == 1).then_some(out[0])
         });
         assert_eq!((wc.status, wc.byte_len), (WcStatus::Success, 10));
-        let ack = self.peer.answer(ANSWER).expect("an acknowledgement");
+        let ack = self.peer.answer(patience()).expect("an acknowledgement");
         assert_eq!((ack.opcode, ack.psn, ack.aeth.syndrome), (Opcode::Acknowledge, headers.psn, 0x1f));
     }
 
@@ -111,7 +106,7 @@ impl Victim {
 
 #[test]
 fn what_fails_a_check_is_counted_and_not_answered() {
-    let mut v = Victim::new(31);
+    let mut v = Victim::new();
     let send = |p: &RawPeer| p.packet(&p.send_only(0), b"forged");
     v.dropped("rx_drop_short", |p| p.transmit(&p.sealed(send(p))[..11]));
     v.dropped("rx_drop_short", |p| p.transmit(&[4]));
@@ -149,7 +144,7 @@ fn what_fails_a_check_is_counted_and_not_answered() {
 
 #[test]
 fn packets_of_strangers_are_not_the_peers() {
-    let mut v = Victim::new(32);
+    let mut v = Victim::new();
     let stranger = raw::socket(v.stranger);
     let ip = v.stranger;
     v.dropped("rx_drop_source", |p| {
@@ -163,7 +158,7 @@ fn packets_of_strangers_are_not_the_peers() {
 
 #[test]
 fn responses_to_nothing_are_dropped() {
-    let mut v = Victim::new(33);
+    let mut v = Victim::new();
     for (syndrome, psn) in [(0x1f, 0), (0x60, 5), (0x62, -1)] {
         v.dropped("rx_drop_stale_response", |p| {
             let aeth = Aeth { syndrome, msn: 1 };
@@ -176,12 +171,12 @@ fn responses_to_nothing_are_dropped() {
 
 #[test]
 fn sequence_numbers_out_of_order_execute_nothing() {
-    let mut v = Victim::new(34);
+    let mut v = Victim::new();
     // Ahead: one complaint for all of them.
     for ahead in [3, 4, 5] {
         v.peer.transmit(&v.peer.sealed(v.peer.packet(&v.peer.send_only(ahead), b"new")));
     }
-    let nak = v.peer.answer(ANSWER).unwrap();
+    let nak = v.peer.answer(patience()).unwrap();
     assert_eq!((nak.aeth.syndrome, nak.psn), (0x60, v.peer.attrs.send_psn));
     v.wait_for("rx_out_of_order", 3);
     assert_eq!(v.peer.answer(SILENCE), None);
@@ -189,13 +184,13 @@ fn sequence_numbers_out_of_order_execute_nothing() {
     // Long past: acknowledged once more.
     v.peer.transmit(&v.peer.sealed(v.peer.packet(&v.peer.send_only(0), b"old")));
     v.wait_for("rx_duplicate", 1);
-    assert_eq!(v.peer.answer(ANSWER).unwrap().aeth.syndrome, 0x1f);
+    assert_eq!(v.peer.answer(patience()).unwrap().aeth.syndrome, 0x1f);
     assert_eq!(v.cq.poll(&mut [Wc::default()]).unwrap(), 0);
 }
 
 #[test]
 fn garbage_on_queue_pair_1_is_counted() {
-    let mut v = Victim::new(35);
+    let mut v = Victim::new();
     let mad = |bytes: [u8; 256]| {
         let mut packet = [0; 276];
         roce_proto::packet::encode_mad(1, &bytes, &mut packet);
@@ -216,11 +211,11 @@ fn garbage_on_queue_pair_1_is_counted() {
 }
 
 /// A WRITE that must be refused with a remote access error, touch nothing, and break the connection.
-fn refused(net: u8, forge: impl FnOnce(&RawPeer, &Mr) -> Headers) {
-    let mut v = Victim::new(net);
+fn refused(forge: impl FnOnce(&RawPeer, &Mr) -> Headers) {
+    let mut v = Victim::new();
     let headers = forge(&v.peer, &v.mr);
     v.peer.transmit(&v.peer.sealed(v.peer.packet(&headers, &[0xee; 64])));
-    let nak = v.peer.answer(ANSWER).expect("a NAK");
+    let nak = v.peer.answer(patience()).expect("a NAK");
     assert_eq!((nak.opcode, nak.aeth.syndrome, nak.psn), (Opcode::Acknowledge, 0x62, headers.psn));
     v.wait_for("rx_nak_access", 1);
     assert!(v.memory().iter().all(|b| *b == 0));
@@ -236,12 +231,12 @@ fn refused(net: u8, forge: impl FnOnce(&RawPeer, &Mr) -> Headers) {
 
 #[test]
 fn a_wrong_key_opens_nothing() {
-    refused(36, |p, mr| p.write_only(mr.region().as_ptr() as u64, mr.rkey() ^ 1, 64));
-    refused(37, |p, mr| p.write_only(mr.region().as_ptr() as u64, 0, 64));
+    refused(|p, mr| p.write_only(mr.region().as_ptr() as u64, mr.rkey() ^ 1, 64));
+    refused(|p, mr| p.write_only(mr.region().as_ptr() as u64, 0, 64));
 }
 
 #[test]
 fn bounds_hold_even_where_sums_wrap() {
-    refused(38, |p, mr| p.write_only(mr.region().as_ptr() as u64 + 65536 - 63, mr.rkey(), 64));
-    refused(39, |p, mr| p.write_only(u64::MAX - 10, mr.rkey(), 64));
+    refused(|p, mr| p.write_only(mr.region().as_ptr() as u64 + 65536 - 63, mr.rkey(), 64));
+    refused(|p, mr| p.write_only(u64::MAX - 10, mr.rkey(), 64));
 }

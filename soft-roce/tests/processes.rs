@@ -5,14 +5,16 @@ mod common;
 
 use std::cell::Cell;
 use std::net::IpAddr;
+use std::sync::OnceLock;
 
 use common::{End, IN, OUT, Setup, World, event, pair, until};
 use soft_roce::{Options, SoftRoce};
 use verbs::*;
 
+/// The same for all.
 fn address() -> IpAddr {
-    let [.., pid] = std::process::id().to_be_bytes();
-    IpAddr::from([127, 51, pid, 1])
+    static NETWORK: OnceLock<[u8; 3]> = OnceLock::new();
+    test_support::address(*NETWORK.get_or_init(test_support::network), 1).into()
 }
 
 fn host() -> SoftRoce {

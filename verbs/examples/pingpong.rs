@@ -30,7 +30,6 @@ const BLOCK: u32 = 64 << 10;
 const REQUEST: u32 = 16;
 /// Where requests are sent from and received.
 const REQUEST_AT: u32 = BLOCK;
-const PATIENCE: Duration = Duration::from_secs(30);
 const PARAMS: ConnParams = ConnParams { retry: 7, rnr_retry: 7, read_depth: 0 };
 const CAPS: QpCaps = QpCaps { max_send_wr: 16, max_recv_wr: 16, max_send_sge: 1, max_recv_sge: 1 };
 const RECV: u64 = 0;
@@ -65,14 +64,14 @@ fn both() -> Result<()> {
 }
 
 fn until<T>(what: &str, mut f: impl FnMut() -> Result<Option<T>>) -> Result<T> {
-    let start = Instant::now();
-    while start.elapsed() < PATIENCE {
+    let (start, patience) = (Instant::now(), test_support::patience());
+    while start.elapsed() < patience {
         if let Some(t) = f()? {
             return Ok(t);
         }
         std::thread::yield_now();
     }
-    Err(format!("no {what} within {PATIENCE:?}").into())
+    Err(format!("no {what} within {patience:?}").into())
 }
 
 fn event(cm: &mut dyn Cm, what: &str) -> Result<CmEvent> {
@@ -274,7 +273,7 @@ fn ping(p: &mut Peer, window: Option<&mut Window>, seed: u32) -> Result<()> {
 }
 
 fn resolve(cm: &mut dyn Cm, addr: SocketAddr, src: Option<IpAddr>) -> Result<CmId> {
-    let id = cm.resolve(src, addr, Duration::from_secs(5))?;
+    let id = cm.resolve(src, addr, test_support::limit(30))?;
     match event(cm, "route")? {
         CmEvent::Resolved(_) => Ok(id),
         other => Err(format!("{other:?}").into()),

@@ -13,10 +13,6 @@ use verbs::{
 
 pub type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// How long a peer may be silent.
-const PATIENCE: Duration = Duration::from_secs(60);
-/// How long a client tries while nobody listens.
-const DIALLING: Duration = Duration::from_secs(20);
 /// Completions of all connections together: a few hundred receives and sends at most.
 const CQ_ENTRIES: u32 = 2048;
 /// A peer that found no receive comes back after 0.64 ms.
@@ -81,9 +77,10 @@ impl Host {
         depth: u32,
         bytes: usize,
     ) -> Result<Connection> {
-        let start = Instant::now();
+        // The server may not listen yet.
+        let (start, dialling) = (Instant::now(), test_support::limit(30));
         loop {
-            let id = self.cm.resolve(source, server, Duration::from_secs(5))?;
+            let id = self.cm.resolve(source, server, dialling)?;
             match self.event(id)? {
                 CmEvent::Resolved(_) => {}
                 other => return Err(format!("no way to {server}: {other:?}").into()),
@@ -96,7 +93,7 @@ impl Host {
                     return Ok(connection);
                 }
                 CmEvent::Rejected { reason: RejectReason::INVALID_SERVICE_ID, .. }
-                    if start.elapsed() < DIALLING =>
+                    if start.elapsed() < dialling =>
                 {
                     drop(connection);
                     self.cm.destroy(id);
@@ -170,13 +167,13 @@ impl Host {
 
     /// Polls everything until `look` finds something.
     pub fn wait<T>(&mut self, what: &str, mut look: impl FnMut(&mut Self) -> Result<Option<T>>) -> Result<T> {
-        let start = Instant::now();
+        let (start, patience) = (Instant::now(), test_support::patience());
         loop {
             if let Some(found) = look(self)? {
                 return Ok(found);
             }
-            if start.elapsed() > PATIENCE {
-                return Err(format!("no {what} within {PATIENCE:?}").into());
+            if start.elapsed() > patience {
+                return Err(format!("no {what} within {patience:?}").into());
             }
             self.turn()?;
         }

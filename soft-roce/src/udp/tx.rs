@@ -336,6 +336,11 @@ mod tests {
     use super::super::{Receiver, open_rx, open_tx};
     use super::*;
 
+    /// An address that nobody else uses.
+    fn own_ip() -> String {
+        test_support::address(test_support::network(), 1).to_string()
+    }
+
     const PORT: u16 = 47_910;
 
     fn sockets(ip: &str, port: u16, runs: bool) -> (Receiver, Transmitter, Dest) {
@@ -386,8 +391,8 @@ mod tests {
 
     #[test]
     fn runs_arrive_as_packets_in_order_with_and_without_segmentation() {
-        for (port, runs) in [(PORT, true), (PORT + 1, false)] {
-            let (mut rx, mut tx, dest) = sockets("127.0.0.1", port, runs);
+        for runs in [true, false] {
+            let (mut rx, mut tx, dest) = sockets(&own_ip(), PORT, runs);
             let lens = [1000, 1000, 1000, 40, 50, 50, 2000];
             let packets: Vec<_> = lens.iter().enumerate().map(|(i, len)| packet(*len, i as u8)).collect();
             let ids: Vec<u16> = packets.iter().map(|p| put(&mut tx, 7, &dest, p)).collect();
@@ -399,7 +404,7 @@ mod tests {
 
     #[test]
     fn queue_pairs_do_not_share_a_run() {
-        let (mut rx, mut tx, dest) = sockets("127.0.0.1", PORT + 2, true);
+        let (mut rx, mut tx, dest) = sockets(&own_ip(), PORT, true);
         let packets = [packet(64, 1), packet(64, 2), packet(64, 3)];
         let ids = [put(&mut tx, 1, &dest, &packets[0]), put(&mut tx, 2, &dest, &packets[1])];
         assert_eq!((ids, put(&mut tx, 2, &dest, &packets[2])), ([0, 0], 1));
@@ -409,7 +414,7 @@ mod tests {
 
     #[test]
     fn a_full_batch_is_within_every_limit() {
-        let (mut rx, mut tx, dest) = sockets("127.0.0.1", PORT + 3, true);
+        let (mut rx, mut tx, dest) = sockets(&own_ip(), PORT, true);
         let large = packet(4140, 9);
         let mut n = 0;
         while tx.has_room() {
@@ -423,7 +428,8 @@ mod tests {
 
     #[test]
     fn ipv6_and_wildcard_sources_work() {
-        for (wildcard, ip, port) in [("::", "::1", PORT + 4), ("0.0.0.0", "127.0.0.3", PORT + 5)] {
+        for (wildcard, ip) in [("::", "::1".to_owned()), ("0.0.0.0", own_ip())] {
+            let port = test_support::port();
             let (mut rx, mut tx, _) = sockets(wildcard, port, true);
             let ip: IpAddr = ip.parse().unwrap();
             let dest = Dest::new(ip, SocketAddr::new(ip, port));
@@ -445,7 +451,7 @@ mod tests {
 
     #[test]
     fn a_packet_too_large_for_the_path_is_refused() {
-        let (_rx, mut tx, dest) = sockets("127.0.0.1", PORT + 6, true);
+        let (_rx, mut tx, dest) = sockets(&own_ip(), PORT, true);
         let large = vec![0; 65_530];
         tx.begin(1, &dest, large.len());
         // SAFETY: `large` outlives the batch.
@@ -455,10 +461,10 @@ mod tests {
 
     #[test]
     fn sockets_of_a_group_take_packets_by_their_number() {
-        let addr: SocketAddr = format!("127.0.0.1:{}", PORT + 7).parse().unwrap();
+        let addr = SocketAddr::new(own_ip().parse().unwrap(), PORT);
         let mut group: Vec<Receiver> =
             (0..5).map(|i| Receiver::new(open_rx(addr, i == 0, 0).unwrap().fd)).collect();
-        let (_, mut tx, _) = sockets("127.0.0.1", PORT + 8, true);
+        let (_, mut tx, _) = sockets(&own_ip(), PORT, true);
         let dest = Dest::new(addr.ip(), addr);
         // Queue pair number → index of its socket.
         for (qpn, index) in [(1u32, 0usize), (0x80, 0), (0xabcd01, 1), (0x12_3484, 4), (3, 3)] {

@@ -69,7 +69,7 @@ impl RawPeer {
         let start = Instant::now();
         let (mut attrs, mut established) = (None, false);
         while !established {
-            assert!(start.elapsed() < Duration::from_secs(20), "no connection");
+            assert!(start.elapsed() < test_support::patience(), "no connection");
             while let Some(action) = agent.next_action() {
                 match action {
                     Action::Send { src, dst, mad } => {

@@ -9,14 +9,18 @@ use iobuf::Region;
 use verbs::loopback::Fabric;
 use verbs::*;
 
-/// Longer than anything takes in an emulated machine, shorter than a test runner's patience.
-const PATIENCE: Duration = Duration::from_secs(30);
 pub const FOREVER: ConnParams = ConnParams { retry: 7, rnr_retry: 7, read_depth: 4 };
 pub const CAPS: QpCaps = QpCaps { max_send_wr: 16, max_recv_wr: 16, max_send_sge: 2, max_recv_sge: 2 };
 /// Where receives and writes land, and where sends come from, in each end's region.
 pub const IN: usize = 0;
 pub const OUT: usize = 65536;
 const REGION: usize = 131072;
+
+/// Two addresses of a network, for [`World::new`].
+pub fn ips(network: [u8; 3]) -> String {
+    let [a, b, c] = network;
+    format!("{a}.{b}.{c}.1,{a}.{b}.{c}.2")
+}
 
 /// Hosts to connect.
 pub struct World {
@@ -48,14 +52,14 @@ impl World {
     }
 }
 
-/// Polls until `f` has something.
+/// Polls until `f` has something, without pauses: providers without a thread of their own move by it.
 pub fn until<T>(what: &str, mut f: impl FnMut() -> Option<T>) -> T {
-    let start = Instant::now();
+    let (start, patience) = (Instant::now(), test_support::patience());
     loop {
         if let Some(t) = f() {
             return t;
         }
-        assert!(start.elapsed() < PATIENCE, "no {what} within {PATIENCE:?}");
+        assert!(start.elapsed() < patience, "no {what} within {patience:?}");
         std::thread::yield_now();
     }
 }
@@ -113,7 +117,7 @@ fn equip(cm: &mut dyn Cm, id: CmId, s: &Setup) -> Equipment {
 /// An address resolved, up to having a queue pair.
 pub fn resolved(world: &World, s: &Setup, src: Option<IpAddr>) -> End {
     let mut cm = world.cm();
-    let id = cm.resolve(src, world.addr(s.port), Duration::from_secs(5)).expect("resolve");
+    let id = cm.resolve(src, world.addr(s.port), test_support::limit(30)).expect("resolve");
     match event(&mut *cm, "resolution") {
         CmEvent::Resolved(got) => assert_eq!(got, id),
         other => panic!("{other:?}"),

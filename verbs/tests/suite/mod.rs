@@ -366,12 +366,12 @@ fn armed_queues_and_channels_wake_a_sleeper() {
     assert_eq!(server.cq.poll(&mut [Wc::default()]).unwrap(), 0);
     assert!(!readable(server.cq.wait_fd(), Duration::ZERO));
     client.post(2, SendOp::Send, 4);
-    assert!(readable(server.cq.wait_fd(), Duration::from_secs(30)));
+    assert!(readable(server.cq.wait_fd(), test_support::patience()));
     assert_eq!(server.wc().wr_id, 1);
     server.cq.arm().unwrap();
     assert!(!readable(server.cq.wait_fd(), Duration::ZERO), "arming consumes old notifications");
     client.cm.disconnect(client.id).unwrap();
-    assert!(readable(server.cm.wait_fd(), Duration::from_secs(30)));
+    assert!(readable(server.cm.wait_fd(), test_support::patience()));
     server.disconnected();
     assert!(!readable(server.cm.wait_fd(), Duration::ZERO));
 }
@@ -486,7 +486,7 @@ fn second_connection(
     server: &mut End,
     client: &mut End,
 ) -> (Box<dyn Qp>, Box<dyn Qp>) {
-    let id = client.cm.resolve(Some(world.client_ip), world.addr(port), Duration::from_secs(5)).unwrap();
+    let id = client.cm.resolve(Some(world.client_ip), world.addr(port), test_support::limit(30)).unwrap();
     assert!(matches!(event(&mut *client.cm, "resolution"), CmEvent::Resolved(got) if got == id));
     let theirs = client.cm.create_qp(id, &CAPS, &client.cq.handle()).unwrap();
     client.cm.connect(id, FOREVER, b"").unwrap();
