@@ -5,13 +5,14 @@
 mod common;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::Target;
 use common::lazy::Lazy;
 use rnbd_proto::wire::{Flags, MsgIo, Op};
 use serde_json::json;
 use test_client::{Client, ConnectError, Frame, Opts, Outcome, Place};
+use test_support::{until, until_some};
 use zerocopy::IntoBytes;
 
 /// Requests in flight at once.
@@ -26,15 +27,12 @@ fn frame(device: u32, lba: u16, data: [u8; 2]) -> Frame {
 
 /// Connects, as soon as the server has forgotten the path's former incarnation.
 fn connect(target: &Target, opts: &Opts) -> Client {
-    let end = Instant::now() + target.timeout();
-    loop {
+    until_some("the path comes up", || {
         match Client::connect(target.cm().unwrap(), target.dst(), opts.clone()) {
-            Err(ConnectError::Rejected(-104)) if Instant::now() < end => {
-                std::thread::sleep(Duration::from_millis(2));
-            }
-            other => return other.expect("the path comes up"),
+            Err(ConnectError::Rejected(-104)) => None,
+            other => Some(other.unwrap()),
         }
-    }
+    })
 }
 
 /// One failover; `wait` is how long the first path has had its requests when they are sent again.
@@ -65,9 +63,10 @@ fn round(target: &Target, paths: &[Opts; 2], second: &mut Client, device: u32, n
     }
     drop(first);
     // Its last execution is over when the server has forgotten the path.
-    while target.paths().unwrap().len() > 1 {
+    until("the path is forgotten", || {
         second.pump_for(Duration::from_millis(1));
-    }
+        target.paths().unwrap().len() == 1
+    });
     let data = second.read(device, 0, 512 * u32::from(WIDTH)).unwrap();
     for (id, block) in data.chunks(512).enumerate() {
         assert_eq!(block, [number, b'B'].repeat(256), "block {id} of round {number}, {wait:?}");

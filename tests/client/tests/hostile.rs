@@ -2,24 +2,18 @@
 
 mod common;
 
-use std::time::{Duration, Instant};
-
 use common::{Target, descriptors};
 use serde_json::{Value, json};
 use test_client::runner::run_table;
 use test_client::{Client, Opts, Place};
+use test_support::until_some;
 
 /// Waits until the server has no path and the process no more than `most` descriptors; returns how many it has.
 fn settled(target: &Target, most: usize) -> usize {
-    let end = Instant::now() + Duration::from_secs(5);
-    loop {
-        let (paths, count) = (target.paths().unwrap(), descriptors());
-        if paths.is_empty() && count <= most {
-            return count;
-        }
-        assert!(Instant::now() < end, "{paths:?}; {count} descriptors where {most} were before");
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    until_some(format_args!("no paths, and {most} descriptors at most, as before"), || {
+        let count = descriptors();
+        (target.paths().unwrap().is_empty() && count <= most).then_some(count)
+    })
 }
 
 /// Returns how many cases failed.

@@ -15,6 +15,7 @@ mod wire;
 
 use std::error::Error;
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use rnbd_proto::wire::{Flags, MsgIo, Op};
 use rtrs_proto::Errno;
@@ -188,6 +189,18 @@ fn expect(what: &str, got: Outcome, wanted: Outcome) -> Result<(), Box<dyn Error
 
 fn ensure(truth: bool, otherwise: &str) -> Result<(), Box<dyn Error>> {
     if truth { Ok(()) } else { Err(otherwise.into()) }
+}
+
+/// Repeats what a slow machine can make impossible, to be faster than something else, until it has come to something;
+/// `None`: it was too slow, and left nothing behind.
+fn until_fast(cx: &Ctx<'_>, mut attempt: impl FnMut() -> Result<Option<Outcome>, Box<dyn Error>>) -> Ran {
+    let end = Instant::now() + cx.place.timeout();
+    while Instant::now() < end {
+        if let Some(outcome) = attempt()? {
+            return Ok(outcome);
+        }
+    }
+    Err("this machine was too slow at every attempt".into())
 }
 
 /// Small, and the same everywhere (xorshift64*).

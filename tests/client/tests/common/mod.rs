@@ -7,7 +7,7 @@ pub mod lazy;
 
 use std::error::Error;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -18,12 +18,17 @@ use engine::log::LogControl;
 use reactor::{Handle, IdlePolicy};
 use serde_json::{Value, json};
 use test_client::{Place, place};
+use test_support::{Dir, limit, patience, until};
 use verbs::Cm;
 use verbs::loopback::Fabric;
 
+/// After which paths that do not come up are closed: longer than one that comes up takes.
+pub fn half_open() -> Duration {
+    limit(2)
+}
+
 /// Latency of `slow`.
 pub const DELAY: Duration = Duration::from_millis(120);
-pub const HALF_OPEN: Duration = Duration::from_millis(600);
 const MAX_SESSIONS: usize = 8;
 const MAX_CONNECTIONS: usize = 160;
 
@@ -32,18 +37,19 @@ pub struct Target {
     control: Handle,
     thread: Option<JoinHandle<()>>,
     rpc: Mutex<rpc::Client>,
-    socket: PathBuf,
+    _dir: Dir,
 }
 
 impl Target {
     /// Starts a target with the devices of the table. `options` are added to `rnbd_set_options`.
     pub fn start(name: &str, options: &Value) -> Self {
         let fabric = Fabric::new();
-        let socket = std::env::temp_dir().join(format!("hostile-{name}-{}.sock", std::process::id()));
+        let dir = Dir::new(&format!("hostile-{name}"));
+        let socket = dir.join("rpc.sock");
         let mut set = json!({
             // Not a power of two, so that ids beyond it can be said.
             "queue_depth": 24, "max_io_size": 61440, "max_hdr_size": 4096,
-            "half_open_timeout_ms": HALF_OPEN.as_millis() as u64,
+            "half_open_timeout_ms": half_open().as_millis() as u64,
             "max_sessions": MAX_SESSIONS, "max_paths": 150, "max_connections": MAX_CONNECTIONS,
         });
         for (k, v) in options.as_object().expect("options are an object") {
@@ -77,7 +83,7 @@ impl Target {
         });
         let control = rx.recv().expect("the target starts");
         let rpc = rpc_when_listening(&socket);
-        let target = Self { fabric, control, thread: Some(thread), rpc: Mutex::new(rpc), socket };
+        let target = Self { fabric, control, thread: Some(thread), rpc: Mutex::new(rpc), _dir: dir };
         target.make_devices();
         target
     }
@@ -145,7 +151,6 @@ impl Drop for Target {
     fn drop(&mut self) {
         App::send(&self.control, |app, cx| app.shutdown(cx));
         let ended = self.thread.take().map(JoinHandle::join);
-        let _ = std::fs::remove_file(&self.socket);
         if let Some(Err(_)) = ended
             && !std::thread::panicking()
         {
@@ -168,10 +173,10 @@ impl Place for Target {
         1000
     }
     fn timeout(&self) -> Duration {
-        Duration::from_secs(5)
+        patience()
     }
     fn half_open(&self) -> Duration {
-        HALF_OPEN
+        half_open()
     }
     fn delay(&self) -> Duration {
         DELAY
@@ -190,13 +195,11 @@ impl Place for Target {
 /// The last call of the configuration has been made.
 fn rpc_when_listening(socket: &Path) -> rpc::Client {
     let mut rpc = rpc::Client::connect(socket).expect("the target listens on its socket");
-    for _ in 0..1000 {
-        match rpc.call("rnbd_get_listeners", Value::Null) {
-            Ok(Value::Array(list)) if !list.is_empty() => return rpc,
-            _ => std::thread::sleep(Duration::from_millis(5)),
-        }
-    }
-    panic!("the target does not come up");
+    until(
+        "the target listens",
+        || matches!(rpc.call("rnbd_get_listeners", Value::Null), Ok(Value::Array(list)) if !list.is_empty()),
+    );
+    rpc
 }
 
 /// File descriptors of this process.
