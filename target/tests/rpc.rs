@@ -10,6 +10,7 @@ use bdev::{Flags, IoRequest, Mode, Op};
 use common::Target;
 use engine::App;
 use serde_json::{Value, json};
+use test_support::{patience, recv, until};
 
 /// Code and message of the refusal.
 fn refused(t: &Target, method: &str, params: Value) -> (i64, String) {
@@ -270,7 +271,7 @@ fn a_caller_can_wait_for_a_bdev() {
     assert!(start.elapsed() >= Duration::from_millis(100));
     let mut other = t.client();
     let waiting =
-        std::thread::spawn(move || other.call("bdev_get_bdevs", json!({"name": "N0", "timeout": 30_000})));
+        std::thread::spawn(move || other.call("bdev_get_bdevs", json!({"name": "N0", "timeout": 120_000})));
     // The program serves others meanwhile.
     ok(&t, "bdev_null_create", json!({"name": "N0", "num_blocks": 8, "block_size": 512}));
     assert_eq!(waiting.join().unwrap().unwrap()[0]["name"], "N0");
@@ -353,21 +354,19 @@ fn histogram_total(h: &Value) -> u64 {
 
 fn deletion_waits_for_the_last_user(t: &Target) {
     let mut other = t.client();
-    other.set_timeout(Some(Duration::from_secs(30))).unwrap();
+    other.set_timeout(Some(patience())).unwrap();
     let (tx, rx) = std::sync::mpsc::channel();
     let deleting =
         std::thread::spawn(move || tx.send(other.call("bdev_malloc_delete", json!({"name": "M0"}))));
     let gone = || t.call("bdev_get_bdevs", json!({"name": "M0"})).is_err();
-    while !gone() {
-        std::thread::yield_now();
-    }
+    until("M0 is being removed", gone);
     assert!(rx.try_recv().is_err(), "a channel is open still");
     let (code, message) =
         refused(t, "bdev_null_create", json!({"name": "M0", "num_blocks": 8, "block_size": 512}));
     assert_eq!(code, -17, "{message}");
     assert!(message.contains("being removed"), "{message}");
     close_channel(t);
-    assert_eq!(rx.recv_timeout(Duration::from_secs(30)).unwrap().unwrap(), true);
+    assert_eq!(recv(&rx).unwrap(), true);
     deleting.join().unwrap().unwrap();
     let events = ok(t, "notify_get_notifications", json!({"id": 1, "max": 2}));
     assert_eq!(

@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -22,39 +21,11 @@ pub struct Target {
 }
 
 /// A directory that goes away with its last clone.
-#[derive(Clone)]
-pub struct Dir(Arc<Removed>);
-
-struct Removed(PathBuf);
-
-impl Drop for Removed {
-    fn drop(&mut self) {
-        // Failure leaves a directory in /tmp, which spoils no test.
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
-}
-
-impl Dir {
-    /// A path in it.
-    pub fn join(&self, name: &str) -> PathBuf {
-        self.0.0.join(name)
-    }
-
-    /// A file of zeroes in it.
-    pub fn file(&self, name: &str, len: u64) -> PathBuf {
-        let path = self.join(name);
-        std::fs::File::create(&path).unwrap().set_len(len).unwrap();
-        path
-    }
-}
+pub type Dir = Arc<test_support::Dir>;
 
 /// A fresh directory.
 pub fn dir() -> Dir {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    let name = format!("rnbd-rpc-test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-    let dir = std::env::temp_dir().join(name);
-    std::fs::create_dir(&dir).unwrap();
-    Dir(Arc::new(Removed(dir)))
+    Arc::new(test_support::Dir::new("rnbd-rpc-test"))
 }
 
 impl Target {
