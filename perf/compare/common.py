@@ -16,6 +16,11 @@ TICK = 1 / os.sysconf("SC_CLK_TCK")
 LOAD_CORE, SERVER_CORE = 0, 1
 
 
+def limit(seconds):
+    """What ends something that hangs: so much longer as everything may take here, see scripts/lib.sh."""
+    return seconds * float(os.environ.get("TIME_SCALE", 1))
+
+
 def say(text):
     print(text, file=sys.stderr, flush=True)
 
@@ -106,14 +111,15 @@ class Contender:
         with open(self.ctx.path(f"{self.label}.log"), errors="replace") as f:
             return f.read()
 
-    def wait(self, what, condition, seconds=20):
-        for _ in range(int(seconds * 20)):
+    def wait(self, what, condition):
+        end = time.monotonic() + limit(120)
+        while time.monotonic() < end:
             if condition():
                 return
             if self.process and self.process.poll() is not None:
                 sys.exit(f"perf/compare: {self.label} ended: {self.log()[-2000:]}")
             time.sleep(0.05)
-        sys.exit(f"perf/compare: {self.label}: not within {seconds} s: {what}\n{self.log()[-2000:]}")
+        sys.exit(f"perf/compare: {self.label}: not within {limit(120)} s: {what}\n{self.log()[-2000:]}")
 
     def pause(self, on):
         for pid in self.pids:
@@ -132,7 +138,7 @@ class Contender:
                 pass
         if self.process:
             try:
-                self.process.wait(15)
+                self.process.wait(limit(60))
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
@@ -218,11 +224,11 @@ def with_server(r, cpu_seconds):
 
 
 def call(ctx, command):
-    """Runs a load to its end, which must come soon after its time is over."""
+    """Runs a load to its end, which must come some time after its time is over."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ctx.args.seconds + 60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ctx.args.seconds + limit(120))
     except subprocess.TimeoutExpired:
-        sys.exit(f"perf/compare: {' '.join(command)}: has not ended a minute after its time")
+        sys.exit(f"perf/compare: {' '.join(command)}: has not ended when its time was over")
     if done.returncode != 0:
         sys.exit(f"perf/compare: {' '.join(command)}: {(done.stderr.strip() or done.stdout.strip())[-2000:]}")
     return done
@@ -275,7 +281,7 @@ def from_fio(report, label, case, rw, command):
 def idle_nbd(path, export, size):
     """A connection to an NBD export of so many bytes, that asks nothing: newstyle, EXPORT_NAME."""
     client = socket.socket(socket.AF_UNIX)
-    client.settimeout(10)
+    client.settimeout(limit(120))
     client.connect(path)
     stream = client.makefile("rb")
     if stream.read(18)[:16] != b"NBDMAGICIHAVEOPT":

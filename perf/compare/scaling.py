@@ -73,7 +73,7 @@ class Target(Contender):
     def end_initiator(self):
         if self.initiator:
             self.initiator.terminate()
-            self.initiator.wait(30)
+            self.initiator.wait(common.limit(60))
         self.initiator, self.sessions = None, 0
 
     def stop(self):

@@ -9,25 +9,26 @@ use perf::load::{LoadOptions, Pattern};
 use serde_json::json;
 use soft_roce::{Faults, Options, SoftRoce};
 
-/// Each test has addresses of its own. Every packet passes the faults of its receiver.
-fn net(number: u8, faults: Faults) -> Net {
+/// Every packet passes the faults of its receiver.
+fn net(faults: Faults) -> Net {
     let host = |seed| {
         let faults = Some(Faults { seed, ..faults });
         SoftRoce::new(Options { faults, ..Options::default() }).expect("software RoCE")
     };
     let (server, client) = (host(1), host(2));
+    let network = test_support::network();
     Net {
         server: server.cm().expect("a connection manager"),
         client: Box::new(move || client.cm().expect("a connection manager")),
         provider: "soft-roce",
-        server_ip: [127, 93, number, 1].into(),
-        client_ip: [127, 93, number, 2].into(),
+        server_ip: test_support::address(network, 1).into(),
+        client_ip: test_support::address(network, 2).into(),
     }
 }
 
-fn verify(number: u8, name: &str, faults: Faults, rotate: bool) {
+fn verify(name: &str, faults: Faults, rotate: bool) {
     let rtrs = json!({ "queue_depth": 64, "rotate_rkeys": rotate });
-    let target = Target::start_on(net(number, faults), name, &rtrs);
+    let target = Target::start_on(net(faults), &rtrs);
     for block_size in [512, 4096, 65536] {
         let time = Duration::from_secs(2);
         let mut o = LoadOptions { block_size, time, ..options(Pattern::Verify, "m512") };
@@ -45,25 +46,25 @@ const FAULTS: Faults = Faults { seed: 0, lost: 0, doubled: 0, changed: 0, overta
 
 #[test]
 fn a_good_network() {
-    verify(0, "good", FAULTS, false);
+    verify("good", FAULTS, false);
 }
 
 #[test]
 fn lost_packets() {
-    verify(1, "lost", Faults { lost: 10, ..FAULTS }, false);
+    verify("lost", Faults { lost: 10, ..FAULTS }, false);
 }
 
 #[test]
 fn changed_packets() {
-    verify(2, "changed", Faults { changed: 10, ..FAULTS }, false);
+    verify("changed", Faults { changed: 10, ..FAULTS }, false);
 }
 
 #[test]
 fn overtaken_and_doubled_packets() {
-    verify(3, "overtaken", Faults { overtaken: 20, doubled: 20, ..FAULTS }, false);
+    verify("overtaken", Faults { overtaken: 20, doubled: 20, ..FAULTS }, false);
 }
 
 #[test]
 fn everything_at_once_with_rotating_keys() {
-    verify(4, "all", Faults { lost: 10, doubled: 10, changed: 10, overtaken: 10, ..FAULTS }, true);
+    verify("all", Faults { lost: 10, doubled: 10, changed: 10, overtaken: 10, ..FAULTS }, true);
 }

@@ -2,13 +2,27 @@
 
 mod common;
 
+use std::sync::mpsc;
 use std::time::Duration;
 
 use bdev::error;
 use common::{Target, options};
 use engine::App;
-use perf::load::{self, LoadError, LoadOptions, Pattern};
+use perf::load::{self, LoadError, LoadOptions, Pattern, Report};
 use serde_json::{Value, json};
+use test_support::{recv, until_some};
+
+/// Longer than any of these runs needs.
+const LONG: Duration = Duration::from_secs(3600);
+
+/// A run, again if a machine with other work has let it do next to nothing.
+fn some_load(target: &Target, options: impl Fn() -> LoadOptions) -> Report {
+    until_some("a run of some requests", || {
+        let report = target.load(options()).unwrap_or_else(|e| panic!("{e}"));
+        target.no_sessions();
+        (report.ios > 100 || !report.is_good()).then_some(report)
+    })
+}
 
 fn rotating(on: bool) -> Value {
     json!({ "queue_depth": 64, "rotate_rkeys": on })
@@ -16,11 +30,11 @@ fn rotating(on: bool) -> Value {
 
 #[test]
 fn every_workload_runs_and_counts() {
-    let target = Target::start("every", &rotating(false));
+    let target = Target::start(&rotating(false));
     for (name, pattern) in Pattern::ALL {
-        let report = target.load(options(pattern, "m512")).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let report = some_load(&target, || options(pattern, "m512"));
         assert!(report.is_good(), "{name}: {:?}", report.first_error);
-        assert!(report.ios > 100 && (0.2..2.0).contains(&report.seconds), "{name}: {}", report.summary());
+        assert!(report.seconds >= 0.2, "{name}: {}", report.summary());
         assert!((report.iops - report.ios as f64 / report.seconds).abs() < 1.0, "{name}");
         let all = if pattern.writes() { 0 } else { report.ios };
         match pattern {
@@ -36,12 +50,11 @@ fn every_workload_runs_and_counts() {
 
 #[test]
 fn verify_finds_good_data_good() {
-    for (name, rotate) in [("static", false), ("rotating", true)] {
-        let target = Target::start(name, &rotating(rotate));
+    for rotate in [false, true] {
+        let target = Target::start(&rotating(rotate));
         for (device, block_size) in [("m512", 512), ("m512", 65536), ("m4k", 4096)] {
-            let report = target
-                .load(LoadOptions { block_size, ..options(Pattern::Verify, device) })
-                .unwrap_or_else(|e| panic!("{e}"));
+            let report =
+                some_load(&target, || LoadOptions { block_size, ..options(Pattern::Verify, device) });
             let v = report.verify.as_ref().expect("asked for");
             assert!(report.is_good(), "{:?} {:?}", report.first_error, v.mismatch);
             assert!(v.blocks_checked > v.blocks_checked_at_end && v.blocks_checked_at_end > 0, "{v:?}");
@@ -52,7 +65,7 @@ fn verify_finds_good_data_good() {
 
 #[test]
 fn several_cores_and_connections() {
-    let target = Target::start("cores", &rotating(true));
+    let target = Target::start(&rotating(true));
     let cores: Vec<usize> =
         if std::thread::available_parallelism().is_ok_and(|n| n.get() > 1) { vec![0, 1] } else { vec![0] };
     let mut o = options(Pattern::Verify, "m512");
@@ -65,16 +78,16 @@ fn several_cores_and_connections() {
 /// More requests than the session has buffers: some wait, none is lost.
 #[test]
 fn a_queue_deeper_than_the_session() {
-    let target = Target::start("deep", &json!({ "queue_depth": 8 }));
-    let o = LoadOptions { queue_depth: 32, ..options(Pattern::Verify, "m512") };
-    let report = target.load(o).unwrap_or_else(|e| panic!("{e}"));
+    let target = Target::start(&json!({ "queue_depth": 8 }));
+    let o = || LoadOptions { queue_depth: 32, ..options(Pattern::Verify, "m512") };
+    let report = some_load(&target, o);
     assert!(report.is_good(), "{:?} {:?}", report.first_error, report.verify);
-    assert!(report.busy > 0 && report.ios > 100, "{}", report.summary());
+    assert!(report.busy > 0, "{}", report.summary());
 }
 
 #[test]
 fn what_cannot_run_says_why() {
-    let target = Target::start("refuse", &rotating(false));
+    let target = Target::start(&rotating(false));
     let good = || options(Pattern::RandRead, "m4k");
     for (o, say) in [
         (LoadOptions { device: "nothing".into(), ..good() }, "ENOENT"),
@@ -98,14 +111,11 @@ fn what_cannot_run_says_why() {
 
 #[test]
 fn a_lost_path_ends_the_run_with_an_error() {
-    let target = Target::start("lost", &rotating(false));
-    let o = LoadOptions { time: Duration::from_secs(60), ..options(Pattern::RandRead, "m512") };
+    let target = Target::start(&rotating(false));
+    let o = LoadOptions { time: LONG, ..options(Pattern::RandRead, "m512") };
     let (cm, control) = (target.cm(), target.control.clone());
     let loading = std::thread::spawn(move || load::run(o, cm, |_| ()));
-    while target.sessions() == 0 {
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    std::thread::sleep(Duration::from_millis(50));
+    target.at_work();
     App::send(&control, |app, cx| {
         let server = common::server(app).expect("initialised");
         server.borrow_mut().disconnect_path(cx, "load", None);
@@ -117,18 +127,19 @@ fn a_lost_path_ends_the_run_with_an_error() {
 
 #[test]
 fn a_stopped_run_reports_what_it_measured() {
-    let target = Target::start("stop", &rotating(true));
+    let target = Target::start(&rotating(true));
     for pattern in [Pattern::RandWrite, Pattern::Verify] {
-        let o = LoadOptions { time: Duration::from_secs(60), ..options(pattern, "m512") };
-        let stop_soon = |stopper: load::Stopper| {
-            std::thread::spawn(move || {
-                std::thread::sleep(Duration::from_millis(300));
-                stopper.stop();
-            });
-        };
-        let report = load::run(o, target.cm(), stop_soon).unwrap_or_else(|e| panic!("{e}"));
-        assert!(report.is_good() && report.ios > 100, "{:?}", report.first_error);
-        assert!((0.05..30.0).contains(&report.seconds), "{}", report.summary());
+        let o = LoadOptions { time: LONG, ..options(pattern, "m512") };
+        let (cm, (tx, stopper)) = (target.cm(), mpsc::channel());
+        let loading = std::thread::spawn(move || load::run(o, cm, move |s| tx.send(s).expect("wanted")));
+        let stopper: load::Stopper = recv(&stopper);
+        target.at_work();
+        // As long as there is nothing measured, after the warm-up, there is nothing to report.
+        std::thread::sleep(Duration::from_millis(300));
+        stopper.stop();
+        let report = loading.join().expect("no panic").unwrap_or_else(|e| panic!("{e}"));
+        assert!(report.is_good() && report.ios > 0, "{:?}", report.first_error);
+        assert!(report.seconds < LONG.as_secs_f64(), "{}", report.summary());
         assert_eq!(report.verify.map_or(0, |v| v.blocks_checked_at_end), 0);
         target.no_sessions();
     }
@@ -140,20 +151,14 @@ fn a_stopped_run_reports_what_it_measured() {
 #[test]
 fn verify_finds_bad_data_bad() {
     for op in [bdev::Op::Read, bdev::Op::Write] {
-        let target = Target::start(
-            if op == bdev::Op::Read { "spoilt-read" } else { "spoilt-write" },
-            &rotating(false),
-        );
+        let target = Target::start(&rotating(false));
         target.app(|app| {
             error::create(&app.manager, "m4k", None).expect("an error bdev");
         });
-        let o = LoadOptions { time: Duration::from_secs(60), ..options(Pattern::Verify, "EE_m4k") };
+        let o = LoadOptions { time: LONG, ..options(Pattern::Verify, "EE_m4k") };
         let cm = target.cm();
         let loading = std::thread::spawn(move || load::run(o, cm, |_| ()));
-        while target.sessions() == 0 {
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        std::thread::sleep(Duration::from_millis(200));
+        target.at_work();
         target.app(move |app| {
             let error = error::ErrorType::CorruptData { offset: 1024, value: 1 };
             // Several, because a spoilt block may be written again before it is read.
@@ -168,14 +173,14 @@ fn verify_finds_bad_data_bad() {
 
 #[test]
 fn a_request_that_fails_ends_the_run_with_its_errno() {
-    let target = Target::start("fails", &rotating(false));
+    let target = Target::start(&rotating(false));
     target.app(|app| {
         error::create(&app.manager, "m4k", None).expect("an error bdev");
         let failure = error::ErrorType::Failure;
         let injection = error::Injection { op: Some(bdev::Op::Read), error: failure, num: 1, queue_depth: 0 };
         error::inject(&app.manager, "EE_m4k", injection).expect("injected");
     });
-    let o = LoadOptions { time: Duration::from_secs(60), ..options(Pattern::RandRead, "EE_m4k") };
+    let o = LoadOptions { time: LONG, ..options(Pattern::RandRead, "EE_m4k") };
     let report = target.load(o).unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(report.errors, 1);
     assert!(report.first_error.as_ref().is_some_and(|e| e.contains("EIO")), "{:?}", report.first_error);

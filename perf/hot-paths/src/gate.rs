@@ -24,13 +24,13 @@ impl Gate {
 
 /// Waits until the reactor sleeps with nothing left to do.
 pub fn settle(reactor: &Handle) {
-    let end = Instant::now() + Duration::from_secs(20);
+    let (begin, patience) = (Instant::now(), test_support::patience());
     let mut quiet = 0;
     let mut sleeps = 0;
     // A reactor that has just been called may not have heard it: it must be found asleep, of the same sleep, twice.
     while quiet < 2 {
         std::thread::sleep(Duration::from_micros(200));
-        assert!(Instant::now() < end, "the reactor does not come to rest");
+        assert!(begin.elapsed() < patience, "the reactor does not come to rest");
         let stats = reactor.stats();
         quiet = if stats.asleep && stats.sleeps == sleeps { quiet + 1 } else { 0 };
         sleeps = stats.sleeps;

@@ -3,7 +3,6 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
 
 use exports::nbd_server::NbdServer;
 use nbd_proto::haggle::wire::{IHAVEOPT, opt};
@@ -42,7 +41,7 @@ pub fn server(kind: Kind, depth: usize) -> Round {
 
 fn connect(path: &Path) -> std::io::Result<UnixStream> {
     let mut client = UnixStream::connect(path)?;
-    client.set_read_timeout(Some(Duration::from_secs(60)))?;
+    client.set_read_timeout(Some(test_support::patience()))?;
     let mut hello = 3u32.to_be_bytes().to_vec();
     hello.extend(IHAVEOPT.to_be_bytes());
     hello.extend(opt::GO.to_be_bytes());

@@ -11,9 +11,6 @@ use engine::log::LogControl;
 use reactor::{Handle, IdlePolicy};
 use serde_json::{Value, json};
 
-/// Longer than anything takes under valgrind.
-const PATIENCE: Duration = Duration::from_secs(60);
-
 pub struct Program {
     pub control: Handle,
     /// Sleeps as soon as it has no work.
@@ -63,7 +60,7 @@ impl Program {
                 let _ = tx.send(result.map(|_| reactor));
             });
         });
-        let reactor = ready.recv_timeout(PATIENCE).expect("it initialises").expect("it initialises");
+        let reactor = test_support::recv(&ready).expect("it initialises");
         Self { control, reactor, dir, thread: Some(thread) }
     }
 
@@ -78,7 +75,7 @@ impl Program {
         App::send(&self.control, move |app, _| {
             let _ = tx.send(f(app));
         });
-        rx.recv_timeout(PATIENCE).expect("the control thread answers")
+        test_support::recv(&rx)
     }
 
     /// Runs `f` on the reactor.
@@ -90,7 +87,7 @@ impl Program {
         self.reactor.send(move |cx| {
             let _ = tx.send(f(cx));
         });
-        rx.recv_timeout(PATIENCE).expect("the reactor answers")
+        test_support::recv(&rx)
     }
 }
 

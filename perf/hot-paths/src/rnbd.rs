@@ -2,7 +2,6 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
 
 use bdev::{Completions, Descriptor, Flags, IoChannel, IoRequest, Mode, Op, Segments, Status};
 use iobuf::Segment;
@@ -26,8 +25,8 @@ struct Remote {
 }
 
 pub fn over_soft_roce(kind: Kind, depth: usize) -> Round {
-    let [.., a, b] = std::process::id().to_be_bytes();
-    let (server, client) = (format!("127.{}.{b}.1", a | 0x80), format!("127.{}.{b}.2", a | 0x80));
+    let network = test_support::network();
+    let [server, client] = [1, 2].map(|last| test_support::address(network, last).to_string());
     let program = Program::start(
         || vec![Box::new(BdevRnbd::default()), Box::new(Rnbd::new(Vec::new()))],
         |_| {
@@ -47,14 +46,10 @@ pub fn over_soft_roce(kind: Kind, depth: usize) -> Round {
     let op = if kind == Kind::Read { Op::Read } else { Op::Write };
     Box::new(move || {
         program.on_reactor(move |cx| submit(&mut remote(cx).borrow_mut(), op));
-        let end = Instant::now() + Duration::from_secs(20);
-        loop {
+        test_support::until("an answer from the remote disk", || {
             settle(&program.reactor);
-            if program.on_reactor(|cx| finished(&mut remote(cx).borrow_mut())) {
-                break;
-            }
-            assert!(Instant::now() < end, "no answer from the remote disk");
-        }
+            program.on_reactor(|cx| finished(&mut remote(cx).borrow_mut()))
+        });
         settle(&program.reactor);
     })
 }

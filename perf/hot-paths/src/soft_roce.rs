@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use iobuf::Region;
 use soft_roce::{Options, SoftRoce};
@@ -45,24 +45,19 @@ impl End {
 }
 
 fn event(cm: &mut dyn Cm) -> CmEvent {
-    let end = Instant::now() + Duration::from_secs(20);
-    loop {
-        if let Some(event) = cm.poll().expect("connection management") {
-            return event;
-        }
-        assert!(Instant::now() < end, "no event of connection management within 20 s");
-        std::thread::yield_now();
-    }
+    test_support::until_some("an event of connection management", || {
+        cm.poll().expect("connection management")
+    })
 }
 
 fn pair() -> (End, End) {
-    let [.., a, b] = std::process::id().to_be_bytes();
-    let ip = |n| IpAddr::from([127, a | 0x80, b, n]);
+    let network = test_support::network();
+    let ip = |n| IpAddr::from(test_support::address(network, n));
     let address = SocketAddr::new(ip(1), 7000);
     let host = SoftRoce::new(Options::default()).expect("soft-roce");
     let (mut server, mut client) = (host.cm().expect("a cm"), host.cm().expect("a cm"));
     server.listen(address, 1).expect("a listener");
-    let id = client.resolve(Some(ip(2)), address, Duration::from_secs(5)).expect("an address");
+    let id = client.resolve(Some(ip(2)), address, test_support::patience()).expect("an address");
     let CmEvent::Resolved(_) = event(&mut *client) else { panic!("the address is not resolved") };
     let mut client = End::new(client, id);
     client._cm.connect(id, PARAMS, b"").expect("a connection");

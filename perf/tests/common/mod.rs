@@ -15,6 +15,7 @@ use reactor::{Handle, IdlePolicy};
 use rnbd_target::rnbd::{RnbdState, Server};
 use rtrs_poll::client::{PathSpec, Reconnect, SessionOptions};
 use serde_json::{Value, json};
+use test_support::{Dir, until};
 use verbs::Cm;
 use verbs::loopback::Fabric;
 
@@ -49,16 +50,17 @@ pub struct Target {
     addresses: (IpAddr, IpAddr),
     pub control: Handle,
     thread: Option<JoinHandle<()>>,
+    _dir: Dir,
 }
 
 impl Target {
     /// A target on a loopback fabric, see [`Target::start_on`].
-    pub fn start(name: &str, options: &Value) -> Self {
-        Self::start_on(Net::loopback(), name, options)
+    pub fn start(options: &Value) -> Self {
+        Self::start_on(Net::loopback(), options)
     }
 
     /// A target with the 8 MiB devices `m512` and `m4k`, named after their blocks.
-    pub fn start_on(net: Net, name: &str, options: &Value) -> Self {
+    pub fn start_on(net: Net, options: &Value) -> Self {
         let config = json!({"subsystems": [
             {"subsystem": "bdev", "config": [
                 {"method": "bdev_malloc_create", "params": {"name": "m512", "num_blocks": 16384, "block_size": 512}},
@@ -70,14 +72,15 @@ impl Target {
                  "params": {"traddr": net.server_ip.to_string(), "trsvcid": "1234", "provider": net.provider}},
             ]},
         ]});
-        let target = Self::serve(net, name, &config);
+        let target = Self::serve(net, &config);
         target.wait_for_listener();
         target
     }
 
     /// A target with this configuration.
-    pub fn serve(net: Net, name: &str, config: &Value) -> Self {
-        let rpc_socket = std::env::temp_dir().join(format!("load-{name}-{}.sock", std::process::id()));
+    pub fn serve(net: Net, config: &Value) -> Self {
+        let dir = Dir::new("load");
+        let rpc_socket = dir.join("rpc.sock");
         let config = rpc::Config::parse(config.to_string().into_bytes(), "test").expect("valid");
         let (cm, (tx, rx)) = (net.server, mpsc::channel());
         let thread = std::thread::spawn(move || {
@@ -99,7 +102,7 @@ impl Target {
         });
         let control = rx.recv().expect("the target starts");
         let (provider, addresses) = (net.provider, (net.server_ip, net.client_ip));
-        Self { client: net.client, provider, addresses, control, thread: Some(thread) }
+        Self { client: net.client, provider, addresses, control, thread: Some(thread), _dir: dir }
     }
 
     pub fn app<R: Send + 'static>(&self, f: impl FnOnce(&mut App) -> R + Send + 'static) -> R {
@@ -110,9 +113,7 @@ impl Target {
 
     fn wait_for_listener(&self) {
         let listening = |app: &mut App| server(app).is_some_and(|s| !s.borrow().listeners().is_empty());
-        while !self.app(listening) {
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        until("a listener", || self.app(listening));
     }
 
     pub fn sessions(&self) -> usize {
@@ -121,11 +122,17 @@ impl Target {
 
     /// The server hears of a disconnect a little later than the client says it.
     pub fn no_sessions(&self) {
-        let end = Instant::now() + Duration::from_secs(5);
-        while self.sessions() > 0 {
-            assert!(Instant::now() < end, "the session was not ended in order");
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        until("the session is ended in order", || self.sessions() == 0);
+    }
+
+    /// Waits until a load is at work.
+    pub fn at_work(&self) {
+        until("requests", || {
+            self.app(|app| {
+                let sessions = server(app).map_or(Vec::new(), |s| s.borrow().sessions(Instant::now()));
+                sessions.iter().flat_map(|s| &s.paths).any(|p| p.stats.rd_cnt + p.stats.wr_cnt > 200)
+            })
+        });
     }
 
     /// A connection manager for a load.
