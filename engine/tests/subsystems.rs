@@ -171,6 +171,11 @@ fn methods_find_their_state_and_the_program_its_subsystems() {
     let (tx, rx) = channel();
     let tell = tx.clone();
     p.app(move |app, _| {
+        app.call("framework_wait_init", &Value::Null, move |_, _, answer| tell.send(answer).unwrap());
+    });
+    rx.recv().unwrap().unwrap();
+    let tell = tx.clone();
+    p.app(move |app, _| {
         app.call("a_count", &Value::Null, move |app, _, answer| {
             // The count is of a type, and the last to set it was b.
             tell.send(answer).unwrap();

@@ -13,7 +13,7 @@ use common::{
 };
 use rtrs_poll::Options;
 use rtrs_poll::client::{
-    ControlError, Event, PathError, PathId, PathState, Policy, SessionId, SessionOptions, Via,
+    ControlError, Event, PathError, PathId, PathInfo, PathState, Policy, SessionId, SessionOptions, Via,
 };
 use rtrs_proto::Errno;
 use verbs::loopback::Fabric;
@@ -470,12 +470,17 @@ fn sessions_do_not_disturb_each_other() {
     let b = s.client.wait_up(b, Memory::new(&s.client.registry));
     s.wait_paths(b.id, 2);
     s.client.start_load(&a, 8);
-    for _ in 0..3 {
+    for round in 1..4 {
         s.client.verify_more(&a, 50);
         for path in s.path_ids(&b) {
             s.client.with(move |cl, cx| cl.reconnect_path(cx, b.id, path)).expect("connected");
         }
-        wait_for("the other session to be back", || s.up(b.id) == 2 && s.client.info(b.id).connected);
+        // Not as it was before they went.
+        wait_for("the other session to be back", || {
+            let info = s.client.info(b.id);
+            let back = |p: &PathInfo| p.state == PathState::Connected && p.stats.reconnects_ok == round;
+            info.connected && info.paths.iter().all(back)
+        });
     }
     s.client.close(b.id);
     s.client.verify_more(&a, 50);
