@@ -14,7 +14,7 @@ import time
 
 import nbd
 import nbd_raw
-from nbd_raw import Client
+from nbd_raw import Client, limit
 
 DIR, PORT, PID, RPC = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 SOCK, NEW, OLD, SEED = (f"{DIR}/{name}.sock" for name in ("nbd", "newstyle", "oldstyle", "1997"))
@@ -51,10 +51,10 @@ def refused(number):
         raise AssertionError(f"not refused, {errno.errorcode[number]} expected")
 
 
-def wait_for(what, seconds=10):
-    end = time.monotonic() + seconds
+def wait_for(what):
+    end = time.monotonic() + limit(120)
     while not what():
-        assert time.monotonic() < end, f"waited {seconds} s in vain"
+        assert time.monotonic() < end, f"waited {limit(120)} s in vain"
         time.sleep(0.02)
 
 
@@ -150,7 +150,7 @@ def raw():
     """What no library sends."""
     def client(data):
         s = socket.socket(socket.AF_UNIX)
-        s.settimeout(10)
+        s.settimeout(limit(120))
         s.connect(SOCK)
         assert s.recv(18, socket.MSG_WAITALL) == b"NBDMAGICIHAVEOPT\0\3"
         s.sendall(data)
@@ -395,13 +395,23 @@ def hostile():
 
 def loris():
     """Those who say little and slowly are shed, and hold nothing for long."""
-    # Handshakes may take 5 s here, and there are 64 at a time.
-    begin = time.monotonic()
+    # Handshakes may take so long here, and there are 64 at a time.
+    begin, seconds = time.monotonic(), int(os.environ["HANDSHAKE_MS"]) / 1000
     silent = [Client(SOCK, greeting=False) for _ in range(70)]
     for client in silent[:30]:
         client.sock.sendall(b"\0\0\0\3IHAVE")
-    assert all(len(receive_all(client.sock)) == 18 for client in silent)
-    assert 5 < time.monotonic() - begin < 15
+
+    def handshakes():
+        return sum(listener["handshakes"] for listener in call("nbd_server_get_listeners"))
+
+    most = handshakes()
+    for client in silent:
+        assert len(receive_all(client.sock)) == 18
+        most = max(most, handshakes())
+    took = time.monotonic() - begin
+    assert took > seconds, f"shed after {took} s, too early"
+    assert most <= 64, f"{most} handshakes at a time"
+    print(f"70 silent clients were shed after {took:.1f} s")
     # Long writes that never go on: the memory is theirs as far as they came (in huge pages), the connection for a while.
     stalled = [Client(SOCK).simple("disk") for _ in range(20)]
     before = rss()
@@ -416,21 +426,21 @@ def loris():
 
 def begin_and_stop():
     """Clients that begin a request, and go on with it or not, for as long as the other tests take."""
-    clients = []
+    since, clients = time.monotonic(), []
     for begin in (lambda c: c.sock.sendall(b"\x25\x60\x95"), lambda c: c.request(nbd_raw.WRITE, data_len=8192, data=b"x"),
                   lambda c: c.request(nbd_raw.WRITE, data_len=1 << 20, data=b"x" * 5000), lambda c: None):
         clients.append(Client(SOCK).simple("file"))
         begin(clients[-1])
-    return time.monotonic(), clients
+    return since, clients
 
 
 def are_shed(since, clients):
     """They were, after 30 s; a client that is just quiet stays."""
     *stopped, quiet = clients
     for c in stopped:
-        c.sock.settimeout(max(1, since + 45 - time.monotonic()))
         assert c.is_closed()
-    assert time.monotonic() - since > 29
+    took = time.monotonic() - since
+    assert took >= 30, f"shed after {took} s, too early"
     quiet.request(nbd_raw.READ, length=512)
     assert quiet.chunk()[0] == nbd_raw.NONE and len(nbd_raw.receive(quiet.sock, 512)) == 512
     quiet.sock.close()
@@ -612,16 +622,18 @@ def idle():
     """Quiet connections cost nothing."""
     clients = [connect() for _ in range(100)]
     assert all(h.pread(512, 0) for h in clients)
-    time.sleep(0.5)
 
     def ticks():
         with open(f"/proc/{PID}/stat") as stat:
             return sum(int(n) for n in stat.read().rsplit(")", 1)[1].split()[11:13])
 
-    before = ticks()
-    time.sleep(2)
-    used = ticks() - before
-    assert used <= 0.05 * 2 * os.sysconf("SC_CLK_TCK"), f"{used} ticks in 2 s"
+    def quiet():
+        """A second in which it uses less than a twentieth of a core. A server that looks about all the time has none."""
+        before = ticks()
+        time.sleep(1)
+        return ticks() - before <= 0.05 * os.sysconf("SC_CLK_TCK")
+
+    wait_for(quiet)
     for h in clients:
         h.shutdown()
 

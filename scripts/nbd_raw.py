@@ -1,5 +1,6 @@
 """An NBD client of single bytes, for what no library would send. Used by nbd-checks.py."""
 import errno
+import os
 import socket
 import struct
 
@@ -14,9 +15,14 @@ UNSUP, POLICY, INVALID, PLATFORM, TLS_REQD, UNKNOWN, SHUTDOWN, BLOCK_SIZE_REQD, 
 CLOSED = "closed"
 
 
+def limit(seconds):
+    """What ends something that hangs: so much longer as everything may take here, see lib.sh."""
+    return seconds * float(os.environ.get("TIME_SCALE", 1))
+
+
 def connect(path):
     s = socket.socket(socket.AF_UNIX)
-    s.settimeout(20)
+    s.settimeout(limit(120))
     s.connect(path)
     return s
 

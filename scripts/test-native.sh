@@ -4,9 +4,10 @@
 # Usage: scripts/test-native.sh [BIN_DIR [SECONDS]]
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. scripts/lib.sh
 bin=${1:-build/release} seconds=${2:-60}
-# Own addresses, so that it runs beside whatever else speaks RoCE on this host.
-server=127.91.0.1 client=127.91.0.2
+# So that it runs beside whatever else speaks RoCE on this host.
+server=$(own_address 0) client=$(own_address 1)
 
 dir=$(mktemp -d "${TMPDIR:-/tmp}/rnbd-native.XXXXXX")
 target=''
@@ -32,11 +33,7 @@ fi
 : >"$dir/target.log"
 "${as[@]}" "$dir/rnbd-target" -c "$dir/target.json" -r "$dir/rpc.sock" -m 0x1 >"$dir/target.log" 2>&1 &
 target=$!
-for ((i = 0; i < 100; i++)); do
-  grep -q ' ready ' "$dir/target.log" && break
-  kill -0 "$target" || { cat "$dir/target.log"; exit 1; }
-  sleep 0.1
-done
+wait_while "$target" "ready" grep ' ready ' "$dir/target.log" || { cat "$dir/target.log"; exit 1; }
 grep 'listening for RTRS' "$dir/target.log" | grep 'provider="soft-roce"' || { cat "$dir/target.log"; exit 1; }
 echo "capabilities of the target: $(awk '/^CapEff/{print $2}' "/proc/$target/status"), user $(stat -c %U "/proc/$target")"
 "${as[@]}" "$dir/rtrs-load" "$server" Malloc0 -p soft-roce --src "$client" -m 0x2 -w verify -o 4096 -q 32 -t "$seconds" \

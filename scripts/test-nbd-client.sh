@@ -5,6 +5,7 @@
 # Usage: scripts/test-nbd-client.sh [BIN_DIR [PATTERN]]        PATTERN: only checks whose names match it
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. scripts/lib.sh
 bin=$(realpath "${1:-build/release}") pattern=${2:-}
 rpc=$(realpath scripts/vm/rpc.py)
 proxy=$(realpath scripts/nbd-proxy.py) config=$(realpath configs/initiator-nbd.json)
@@ -24,24 +25,13 @@ cd "$dir"
 mib=48
 dd if=/dev/urandom of=random.img bs=1M count=$mib status=none
 
-# Tests run beside each other: a port that is free now.
-free_port() { python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
-
-# Nothing here takes long; what hangs has failed.
+# What hangs has failed.
+hang=$(limit 600)
 for tool in nbdinfo nbdcopy qemu-img qemu-io fio; do
-  eval "$tool() { timeout -k 5 300 /usr/bin/$tool \"\$@\"; }"
+  eval "$tool() { timeout -k 5 $hang /usr/bin/$tool \"\$@\"; }"
 done
-
-wait_for() { # WHAT COMMAND...: for 20 s
-  local what=$1 i
-  shift
-  for ((i = 0; i < 200; i++)); do
-    "$@" >/dev/null 2>&1 && return
-    sleep 0.1
-  done
-  echo "no $what"
-  return 1
-}
+# A load for so long, in which servers come and go.
+runtime=$(limit 10)
 
 call() { "$rpc" i.sock "$@"; }
 field() { call bdev_nbd_get_devices "{\"name\": \"$1\"}" | python3 -c "import json, sys; print(json.load(sys.stdin)[0].get('$2'))"; }
@@ -52,7 +42,7 @@ has_connections() { [[ $(connections "$1") == "$2" ]]; }
 start_initiator() { # ARGUMENTS...
   ./rnbd-initiator -r i.sock -m 0x3 "$@" >>initiator.log 2>&1 &
   initiator=$!
-  wait_for "initiator" call rpc_get_methods
+  wait_while "$initiator" "an answer" call rpc_get_methods
 }
 
 # map NAME PARAMETERS...: a device, exported again under its name.
@@ -87,7 +77,7 @@ stop() {
 kit() { # ARGUMENTS...: nbdkit on kit.sock
   rm -f kit.sock
   serve nbdkit -f -U "$dir/kit.sock" "$@"
-  wait_for nbdkit test -S kit.sock
+  wait_while "$server" "nbdkit" listens "$dir/kit.sock"
 }
 kit_uri="nbd+unix:///?socket=$dir/kit.sock"
 
@@ -180,7 +170,7 @@ holes_and_extents() {
     dd if=random.img of=sparse.img bs=1M count=1 skip=$i seek=$i conv=notrunc status=none
   done
   serve qemu-nbd -f raw -t -k "$dir/qemu.sock" sparse.img
-  wait_for qemu-nbd test -S qemu.sock || return 1
+  wait_while "$server" "qemu-nbd" listens "$dir/qemu.sock" || return 1
   map K "\"path\": \"$dir/qemu.sock\"" || return 1
   rm -f back.img
   nbdcopy "$(out K)" back.img && cmp sparse.img back.img && unmap K
@@ -192,7 +182,7 @@ slow_server() {
 }
 
 fails_with() { # TEXT COMMAND
-  if qemu-io -f raw -c "$2" "$(out K)" >io.log 2>&1; then return 1; fi
+  fails qemu-io -f raw -c "$2" "$(out K)" >io.log 2>&1 || { cat io.log; return 1; }
   grep "$1" io.log
 }
 
@@ -217,7 +207,7 @@ read_only() {
   unmap K && stop
   kit memory ${mib}M || return 1
   map K "\"uri\": \"$kit_uri\", \"read_only\": true" || return 1
-  if qemu-io -f raw -c 'write 0 4k' "$(out K)"; then return 1; fi
+  fails qemu-io -f raw -c 'write 0 4k' "$(out K)" || return 1
   unmap K
 }
 
@@ -229,11 +219,11 @@ several_connections() {
   unmap K && stop
   kit --filter=multi-conn memory ${mib}M multi-conn-mode=disable || return 1
   map K "\"uri\": \"$kit_uri\", \"connections\": 4" || return 1
-  has_connections K 1 && copies K "$kit_uri" && unmap K && stop || return 1
+  wait_for "1 connection" has_connections K 1 && copies K "$kit_uri" && unmap K && stop || return 1
   # A server that says it could, and does not: who has no connection uses those that others have.
   kit --filter=limit memory ${mib}M limit=2 || return 1
   map K "\"uri\": \"$kit_uri\", \"connections\": 4" || return 1
-  has_connections K 2 && copies K && verifies K 4k 32 && unmap K
+  wait_for "2 connections" has_connections K 2 && copies K && verifies K 4k 32 && unmap K
 }
 
 certificates() {
@@ -254,13 +244,11 @@ certificates() {
   mkdir -p anonymous && cp pki/ca-cert.pem anonymous/
 }
 
-nc_open() { python3 -c "import socket, sys; socket.create_connection(('127.0.0.1', int(sys.argv[1])), 1)" "$1"; }
-
 encrypted() {
   certificates || return 1
-  port=$(free_port)
+  free_port port
   serve nbdkit -f -i 127.0.0.1 -p "$port" --tls=require --tls-certificates="$dir/pki" --tls-verify-peer memory ${mib}M
-  wait_for nbdkit nc_open "$port" || return 1
+  wait_while "$server" "nbdkit" listens "$port" || return 1
   map K "\"uri\": \"nbds://localhost:$port/?tls-certificates=$dir/pki\", \"connections\": 2" || return 1
   has K tls True && copies K && verifies K 16k 16 && verifies K 512k 8 || return 1
   call bdev_nbd_get_devices '{"name": "K"}' | grep '"cipher": "TLS' || return 1
@@ -294,7 +282,7 @@ qemu_server() {
   rm -f qemu.sock
   truncate -s ${mib}M disk.img
   serve qemu-nbd -f raw -t -e 8 -x disk -D 'a disk' -k "$dir/qemu.sock" --discard=unmap disk.img
-  wait_for qemu-nbd test -S qemu.sock || return 1
+  wait_while "$server" "qemu-nbd" listens "$dir/qemu.sock" || return 1
   refused 'no such export' "\"path\": \"$dir/qemu.sock\", \"export\": \"tape\"" || return 1
   map Q "\"path\": \"$dir/qemu.sock\", \"export\": \"disk\"" || return 1
   has Q dialect "$best" && copies Q && operations Q && verifies Q 4k 32 || return 1
@@ -306,7 +294,7 @@ qemu_server() {
 }
 
 debian_server() {
-  port=$(free_port)
+  free_port port
   truncate -s ${mib}M disk.img
   cat >nbd-server.conf <<CONF
 [generic]
@@ -322,7 +310,7 @@ debian_server() {
 CONF
   # A daemon, for without that it serves one client and ends.
   nbd-server -C "$dir/nbd-server.conf" -p "$dir/nbd-server.pid" >>server.log 2>&1 || return 1
-  wait_for nbd-server nc_open "$port" && wait_for "its number" test -s nbd-server.pid || return 1
+  wait_for nbd-server listens "$port" && wait_for "its number" test -s nbd-server.pid || return 1
   other=$(cat nbd-server.pid)
   map S "\"uri\": \"nbd://127.0.0.1:$port/disk\"" || return 1
   copies S && verifies S 4k 16 || return 1
@@ -344,7 +332,7 @@ own_target() { # LISTENER_PARAMETERS: rnbd-target with a disk in memory on own.s
     {"method": "nbd_server_add_listener", "params": {"path": "$dir/own.sock", "export": "disk"$1}}]}]}
 JSON
   serve ./rnbd-target -c target.json -r t.sock -m 0x1
-  wait_for rnbd-target test -S own.sock
+  wait_while "$server" "rnbd-target" listens "$dir/own.sock"
 }
 
 own_server() {
@@ -377,15 +365,16 @@ survives_kills() {
   truncate -s ${mib}M disk.img
   file_server || return 1
   map F "\"uri\": \"$kit_uri\", \"connections\": 2, \"reconnect_delay_sec\": 1" || return 1
-  verifies F 4k 32 --time_based --runtime=8 >fio.log 2>&1 &
+  verifies F 4k 32 --time_based --runtime="$runtime" >fio.log 2>&1 &
   local fio=$! i
-  wait_for load is_loaded || return 1
+  wait_while $fio "load" is_loaded || { cat fio.log; return 1; }
   for i in 1 2 3; do
-    sleep 1
+    sleep 0.5
     kill -KILL "$server"
     wait "$server" 2>/dev/null
-    sleep 0.4
+    wait_for "the loss" has F state closed || return 1
     file_server || return 1
+    wait_for "another connection" has F state open || return 1
   done
   wait $fio || { cat fio.log; return 1; }
   [[ $(field F connections) == *"'reconnects': "[1-9]* ]] || { field F connections; return 1; }
@@ -393,16 +382,16 @@ survives_kills() {
 }
 
 survives_cuts() { # of one connection of several, by a proxy; nbdkit 1.32 would abort (connections.c, "sock >= 0")
-  port=$(free_port)
+  free_port port
   truncate -s ${mib}M disk.img
   rm -f qemu.sock
   serve qemu-nbd -f raw -t -e 16 -k "$dir/qemu.sock" disk.img
-  wait_for qemu-nbd test -S qemu.sock || return 1
+  wait_while "$server" "qemu-nbd" listens "$dir/qemu.sock" || return 1
   python3 "$proxy" "$port" "$dir/qemu.sock" 0.7 &
   other=$!
-  wait_for proxy nc_open "$port" || return 1
+  wait_while "$other" "the proxy" listens "$port" || return 1
   map F "\"uri\": \"nbd://127.0.0.1:$port/\", \"connections\": 4, \"reconnect_delay_sec\": 1" || return 1
-  verifies F 16k 32 --time_based --runtime=8 || return 1
+  verifies F 16k 32 --time_based --runtime="$runtime" || return 1
   call bdev_nbd_get_devices '{"name": "F"}'
   [[ $(field F connections) == *"'reconnects': "[1-9]* ]] || return 1
   unmap F || return 1
@@ -413,10 +402,11 @@ survives_cuts() { # of one connection of several, by a proxy; nbdkit 1.32 would 
 survives_stalls() {
   kit memory ${mib}M || return 1
   map F "\"uri\": \"$kit_uri\", \"reconnect_delay_sec\": 1" || return 1
-  verifies F 4k 32 --time_based --runtime=6 >fio.log 2>&1 &
+  verifies F 4k 32 --time_based --runtime="$runtime" >fio.log 2>&1 &
   local fio=$!
-  wait_for load is_loaded || return 1
+  wait_while $fio "load" is_loaded || { cat fio.log; return 1; }
   kill -STOP "$server"
+  # Nothing happens, so there is nothing to wait for.
   sleep 3
   kill -CONT "$server"
   wait $fio || { cat fio.log; return 1; }
@@ -424,14 +414,14 @@ survives_stalls() {
   unmap F || return 1
   # With io_timeout_sec the connection is given up, and requests are repeated when the server has let go of it.
   map F "\"uri\": \"$kit_uri\", \"reconnect_delay_sec\": 1, \"io_timeout_sec\": 1, \"connections\": 1" || return 1
-  verifies F 4k 32 --time_based --runtime=8 >fio.log 2>&1 &
+  verifies F 4k 32 --time_based --runtime="$runtime" >fio.log 2>&1 &
   fio=$!
-  wait_for load is_loaded || return 1
+  wait_while $fio "load" is_loaded || { cat fio.log; return 1; }
   kill -STOP "$server"
-  sleep 3
+  wait_for "a connection given up" grep -a 'has not answered for 1 s' initiator.log || return 1
+  sleep 1
   kill -CONT "$server"
   wait $fio || { cat fio.log; return 1; }
-  grep -a 'has not answered for 1 s' initiator.log >/dev/null || { echo "it was not given up"; return 1; }
   copies F "$kit_uri" && unmap F
 }
 
@@ -439,9 +429,10 @@ waits_and_fails() {
   kit memory ${mib}M || return 1
   map F "\"uri\": \"$kit_uri\", \"reconnect_delay_sec\": 1, \"fast_io_fail_timeout_sec\": 2" || return 1
   stop
+  # Without the time-out it would wait for the server, and hang.
   local start=$SECONDS
-  if qemu-io -f raw -c 'read 0 4k' "$(out F)"; then echo "it read from nobody"; return 1; fi
-  ((SECONDS - start <= 10)) || { echo "after $((SECONDS - start)) s"; return 1; }
+  fails qemu-io -f raw -c 'read 0 4k' "$(out F)" || return 1
+  echo "failed after $((SECONDS - start)) s"
   kit memory ${mib}M || return 1
   wait_for "open device" has F state open || return 1
   copies F "$kit_uri" && unmap F || return 1
@@ -451,7 +442,7 @@ waits_and_fails() {
   map F "\"uri\": \"$kit_uri\", \"reconnect_delay_sec\": 1, \"ctrlr_loss_timeout_sec\": 2" || return 1
   stop
   wait_for "end" has F given_up True || return 1
-  if qemu-io -f raw -c 'read 0 4k' "$(out F)"; then return 1; fi
+  fails qemu-io -f raw -c 'read 0 4k' "$(out F)" || return 1
   kit memory ${mib}M || return 1
   call bdev_nbd_reconnect '{"name": "F"}' || return 1
   has F state open && copies F "$kit_uri" && unmap F
@@ -481,7 +472,8 @@ follows_the_size() {
 
 refuses() {
   refused 'cannot connect to .*No such file' "\"path\": \"$dir/nobody.sock\"" || return 1
-  refused 'Connection refused' "\"uri\": \"nbd://127.0.0.1:$(free_port)\"" || return 1
+  free_port port
+  refused 'Connection refused' "\"uri\": \"nbd://127.0.0.1:$port\"" || return 1
   refused 'cannot find' '"uri": "nbd://no-such-host.invalid"' || return 1
   refused 'no scheme' '"uri": "disk0"' || return 1
   refused 'give one of uri' '"export": "x"' || return 1
@@ -489,7 +481,7 @@ refuses() {
   refused 'leave the name out' "\"path\": \"$dir/kit.sock\", \"export\": \"x\"" || return 1
   stop
   # Somebody else's server.
-  port=$(free_port)
+  free_port port
   serve python3 -c "
 import socket, time
 s = socket.create_server(('127.0.0.1', $port))
@@ -498,7 +490,7 @@ while True:
     c.sendall(b'SSH-2.0-OpenSSH_9.2p1 Debian\r\n')
     time.sleep(0.2)
 "
-  wait_for listener nc_open "$port" || return 1
+  wait_while "$server" "a listener" listens "$port" || return 1
   refused 'no NBD server' "\"uri\": \"nbd://127.0.0.1:$port\""
 }
 
@@ -528,7 +520,7 @@ shipped_configuration() {
   sed "s|nbd://192.0.2.1/disk0|$kit_uri|; s|/var/tmp/remote1.sock|$dir/shipped.sock|" "$config" >shipped.json
   ./rnbd-initiator -c shipped.json -r shipped-rpc.sock &
   other=$!
-  wait_for "shipped.sock" test -S shipped.sock || return 1
+  wait_while "$other" "shipped.sock" listens "$dir/shipped.sock" || return 1
   nbdcopy random.img "nbd+unix:///?socket=$dir/shipped.sock" && rm -f direct.img && nbdcopy "$kit_uri" direct.img &&
     cmp random.img direct.img || return 1
   kill -TERM "$other"
@@ -540,16 +532,15 @@ direct() { # rnbd-initiator map path=nbd://…
   kit memory ${mib}M || return 1
   ./rnbd-initiator map "path=$kit_uri" --nbd-socket "$dir/direct.sock" >direct.log 2>&1 &
   other=$!
-  wait_for "ready" grep -q '^ready: ' direct.log || { cat direct.log; return 1; }
+  wait_while "$other" "ready" grep -q '^ready: ' direct.log || { cat direct.log; return 1; }
   nbdcopy random.img "nbd+unix:///?socket=$dir/direct.sock" && rm -f direct.img && nbdcopy "$kit_uri" direct.img &&
     cmp random.img direct.img || return 1
   kill -INT "$other"
   wait "$other" || { cat direct.log; return 1; }
   other=''
   cat direct.log
-  if ./rnbd-initiator map "path=nbd+unix:///?socket=$dir/nobody.sock" --nbd-socket "$dir/direct.sock" >direct.log 2>&1; then
-    return 1
-  fi
+  fails timeout -k 5 "$hang" ./rnbd-initiator map "path=nbd+unix:///?socket=$dir/nobody.sock" \
+    --nbd-socket "$dir/direct.sock" >direct.log 2>&1 || return 1
   grep 'No such file' direct.log
 }
 

@@ -4,6 +4,7 @@
 # Usage: scripts/test-nbd.sh [BIN_DIR]
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. scripts/lib.sh
 bin=$(realpath "${1:-build/release}")
 rpc=$(realpath scripts/vm/rpc.py)
 checks=$(realpath scripts/nbd-checks.py)
@@ -22,9 +23,11 @@ cp "$bin/rnbd-target" "$dir/"
 [[ ! -x $bin/rnbd-initiator ]] || cp "$bin/rnbd-initiator" "$dir/"
 cd "$dir"
 
-# Tests run beside each other: a port that is free now.
-free_port() { /usr/bin/python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
-port=$(free_port) tls_port=$(free_port)
+port='' tls_port=''
+free_port port
+free_port tls_port
+# How long a handshake may take; checks wait for its end.
+handshake_ms=$(limit 5)000
 truncate -s 64M file.img
 
 # An authority, a server, two clients that it knows, and one of another authority.
@@ -55,7 +58,7 @@ cat >target.json <<JSON
     {"method": "bdev_malloc_create", "params": {"name": "M1", "num_blocks": 16384, "block_size": 4096}},
     {"method": "bdev_uring_create", "params": {"name": "F0", "filename": "$dir/file.img", "block_size": 512}}]},
   {"subsystem": "nbd_server", "config": [
-    {"method": "nbd_server_set_options", "params": {"handshake_timeout_ms": 5000}},
+    {"method": "nbd_server_set_options", "params": {"handshake_timeout_ms": $handshake_ms}},
     {"method": "nbd_server_create_export", "params": {"name": "disk", "bdev_name": "M0", "description": "a disk in memory"}},
     {"method": "nbd_server_create_export", "params": {"name": "readonly", "bdev_name": "M0", "read_only": true}},
     {"method": "nbd_server_create_export", "params": {"name": "4k", "bdev_name": "M1"}},
@@ -73,21 +76,18 @@ cat >target.json <<JSON
 JSON
 
 : >target.log
+# is_ready N: the program has said so N times.
+is_ready() { [[ $(grep -c ' ready ' target.log) == "$1" ]]; }
 start() {
   ./rnbd-target -c target.json -r rpc.sock -m 0x1 >>target.log 2>&1 &
   target=$!
-  for ((i = 0; i < 100; i++)); do
-    [[ $(grep -c ' ready ' target.log) == "$1" ]] && return
-    kill -0 "$target" || { cat target.log; exit 1; }
-    sleep 0.1
-  done
-  cat target.log
-  exit 1
+  wait_while "$target" "ready" is_ready "$1" || { cat target.log; exit 1; }
 }
 
-# Nothing here takes long; what hangs has failed.
+# What hangs has failed.
+hang=$(limit 600)
 for tool in nbdinfo nbdcopy qemu-img qemu-io fio; do
-  eval "$tool() { timeout -k 5 300 /usr/bin/$tool \"\$@\"; }"
+  eval "$tool() { timeout -k 5 $hang /usr/bin/$tool \"\$@\"; }"
 done
 
 # check NAME COMMAND...: in a shell of its own, which ends at the first failure.
@@ -180,26 +180,25 @@ encrypts() {
 
 lets_in_whom_it_knows() {
   nbdinfo --size "$(tls alice secret)"
-  if nbdinfo --size "$(tls bob secret)"; then return 1; fi
-  if nbdinfo --size "$(tls mallory disk)"; then return 1; fi
+  fails nbdinfo --size "$(tls bob secret)"
+  fails nbdinfo --size "$(tls mallory disk)"
   # Without a certificate, and without TLS.
-  if nbdinfo --size "$(tls pki disk)"; then return 1; fi
-  if nbdinfo --size "nbd+unix:///disk?socket=$dir/tls.sock"; then return 1; fi
-  if nbdinfo --size "$(uri secret)"; then return 1; fi
+  fails nbdinfo --size "$(tls pki disk)"
+  fails nbdinfo --size "nbd+unix:///disk?socket=$dir/tls.sock"
+  fails nbdinfo --size "$(uri secret)"
   nbdinfo --list "$(uri '')" | grep -q disk
   if nbdinfo --list "$(uri '')" | grep secret; then return 1; fi
 }
 
 refuses_qemu_writes() {
-  if qemu-io -f raw -c 'write 0 4k' "$(uri readonly)"; then return 1; fi
+  fails qemu-io -f raw -c 'write 0 4k' "$(uri readonly)"
   qemu-io -r -f raw -c 'read 0 4k' "$(uri readonly)"
 }
 
 through_nbdkit() {
   nbdkit -U "$dir/kit.sock" --foreground nbd uri="$(tcp disk)" shared=true &
   local kit=$! rc=0
-  for ((i = 0; i < 50; i++)); do [[ -S kit.sock ]] && break; sleep 0.1; done
-  nbdcopy random.img "nbd+unix:///?socket=$dir/kit.sock" && nbdcopy "nbd+unix:///?socket=$dir/kit.sock" kit.img &&
+  wait_while "$kit" "nbdkit" listens "$dir/kit.sock" && nbdcopy random.img "nbd+unix:///?socket=$dir/kit.sock" && nbdcopy "nbd+unix:///?socket=$dir/kit.sock" kit.img &&
     cmp random.img kit.img || rc=$?
   kill "$kit"
   wait "$kit" || true
@@ -240,7 +239,7 @@ else:
     raise AssertionError("an export that is not there")
 PY
   local rc=0
-  timeout 20 "./$1" -c single.json -r single.sock --single a </dev/null 2>single.log || rc=$?
+  timeout -k 5 "$hang" "./$1" -c single.json -r single.sock --single a </dev/null 2>single.log || rc=$?
   [[ $rc == 1 ]] && grep -q 'standard input is no connected socket' single.log
 }
 
@@ -255,8 +254,8 @@ is_activated() {
     {"method": "nbd_server_add_listener", "params": {"activated": "nbd"}},
     {"method": "nbd_server_add_listener", "params": {"activated": "0"}}]}]}
 JSON
-  /usr/bin/python3 - "$rpc" <<'PY'
-import importlib.util, os, socket, subprocess, sys, time
+  /usr/bin/python3 - "$rpc" "$hang" <<'PY'
+import importlib.util, os, socket, subprocess, sys
 import nbd
 first, second = socket.socket(socket.AF_UNIX), socket.socket()
 first.bind("activated.sock")
@@ -293,7 +292,7 @@ for name, text in (("nbd", "was taken by another listener"), ("7", "has passed 2
 saved = call("framework_get_config", name="nbd_server")["result"]
 assert {"activated": "nbd", "dialect": "auto"} in [c["params"] for c in saved], saved
 program.terminate()
-assert program.wait(20) == 0
+assert program.wait(float(sys.argv[2])) == 0
 assert os.path.exists("activated.sock"), "the file is systemd's"
 PY
   # libnbd's tools start servers so.
@@ -321,15 +320,12 @@ survives_a_kill() {
   nbdcopy "$(uri file)" back.img && cmp random.img back.img
 }
 
+is_loaded() { "$rpc" rpc.sock nbd_server_get_connections | grep '"num_write_ops": *[1-9]'; }
 ends_in_order() {
   fio --name=load --ioengine=nbd --uri="$(uri file)" --rw=randwrite --bs=16k --iodepth=32 --size=48M --time_based \
-    --runtime=60 >fio.log 2>&1 &
+    --runtime="$hang" >fio.log 2>&1 &
   local fio=$! rc=0
-  for ((i = 0; i < 100; i++)); do
-    "$rpc" rpc.sock nbd_server_get_connections | grep -q '"num_write_ops": *[1-9]' && break
-    sleep 0.1
-  done
-  [[ $i -lt 100 ]] || { echo "no load"; cat fio.log; return 1; }
+  wait_while "$fio" "load" is_loaded || { cat fio.log; return 1; }
   kill -TERM "$target"
   wait "$target" || rc=$?
   target=''
@@ -357,7 +353,7 @@ check "fio verify 4k" verifies "$(uri disk)" 4k 32
 check "fio verify 512k, TCP" verifies "$(tcp disk)" 512k 32
 check "fio verify 4k on a file" verifies "$(uri file)" 4k 32
 check "fio trim" trims "$(uri disk)"
-CALLS=$(grep -c nbd_server_ target.json) check "libnbd: handshakes, refusals, limits, control" /usr/bin/python3 "$checks" "$dir" "$port" "$target" "$rpc"
+CALLS=$(grep -c nbd_server_ target.json) HANDSHAKE_MS=$handshake_ms check "libnbd: handshakes, refusals, limits, control" /usr/bin/python3 "$checks" "$dir" "$port" "$target" "$rpc"
 check "one client on standard input" serves_standard_input rnbd-target
 if [[ -x $dir/rnbd-initiator ]]; then
   check "one client on standard input of rnbd-initiator" serves_standard_input rnbd-initiator

@@ -3,26 +3,35 @@
 # how fast anything is. Usage: scripts/test-perf.sh [BIN_DIR]
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. scripts/lib.sh
 bin=$(realpath "${1:-build/release}")
 scripts/packages.sh fio nbdkit nbd-server qemu-utils libnbd-bin procps
 dir=$(mktemp -d "${TMPDIR:-/tmp}/rnbd-test-perf.XXXXXX")
 trap 'rm -rf "$dir"' EXIT
 
-python3 -B perf/compare --bin "$bin" --rounds 2 --seconds 0.5 -o "$dir/compare.json" --report "$dir/compare.html" bdev nbd vhost roce
-python3 - "$dir" <<'PY'
+# A machine with other work may let a contender wait for all of its time, so there is more of it the next time.
+for seconds in 0.5 "$(limit 5)" "$(limit 30)"; do
+  rc=0
+  python3 -B perf/compare --bin "$bin" --rounds 2 --seconds "$seconds" -o "$dir/compare.json" --report "$dir/compare.html" \
+    bdev nbd vhost roce
+  python3 - "$dir" <<'PY' || rc=$?
 import json, sys
 runs = json.load(open(f"{sys.argv[1]}/compare.json"))
 ours = [r for r in runs if r["label"].startswith("rnbd")]
 cases = {r["case"] for r in ours}
 assert len(cases) >= 19, sorted(cases)
 assert all(r["format"] == "rnbd-perf-1" and not r.get("errors") for r in runs)
-# A machine with other work may let a contender wait for a whole second, but not for two.
 idle = [case for case in cases if not any(r["iops"] > 0 for r in ours if r["case"] == case)]
-assert not idle, idle
+if idle:
+    print("not one request of", idle)
+    sys.exit(75)
 page = open(f"{sys.argv[1]}/compare.html").read()
 assert all(f">{r['case']}<" in page for r in ours) and page.count("<svg") > 20, page[:300]
 print(f"{len(runs)} runs, a page of {len(page)} bytes")
 PY
+  [[ $rc == 75 ]] || break
+done
+[[ $rc == 0 ]]
 "$bin/rnbd-perf" report "$dir/compare.json" -o "$dir/again.html" --svg "$dir/svg"
 count=$(find "$dir/svg" -name '*.svg' | wc -l)
 [[ $count -gt 20 ]] || { echo "only $count plots"; exit 1; }

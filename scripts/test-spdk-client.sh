@@ -5,6 +5,7 @@
 #   scripts/test-spdk-client.sh [RNBD_TARGET]     the program, default build/release/rnbd-target
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
+. scripts/lib.sh
 target=$(realpath "${1:-build/release/rnbd-target}") || exit 1
 venv=build/spdk-client
 version=26.9
@@ -29,11 +30,7 @@ fi
 start() {
   "$target" -r "$sock" "$@" >>"$work/log" 2>&1 </dev/null &
   pid=$!
-  for _ in $(seq 100); do
-    spdk rpc_get_methods >/dev/null 2>&1 && return
-    kill -0 "$pid" 2>/dev/null || break
-    sleep 0.1
-  done
+  wait_while "$pid" "an answer" spdk rpc_get_methods && return
   echo "rnbd-target $* did not start:"
   tail -n 20 "$work/log"
   exit 1
