@@ -13,7 +13,7 @@ proxy=$(realpath scripts/nbd-proxy.py) config=$(realpath configs/initiator-nbd.j
 scripts/packages.sh libnbd-bin qemu-utils nbdkit nbd-server fio openssl procps
 
 dir=$(mktemp -d "${TMPDIR:-/tmp}/rnbd-nbdc.XXXXXX")
-initiator='' server='' other='' passed=0
+initiator='' server='' other='' port='' passed=0
 cleanup() {
   local pid
   for pid in $initiator $server $other; do kill -CONT "$pid" 2>/dev/null; kill -KILL "$pid" 2>/dev/null; done || true

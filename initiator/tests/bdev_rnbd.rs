@@ -528,7 +528,9 @@ fn a_lost_path_fences_what_it_carried() {
     let mut channel = descriptor.channel().unwrap();
     let mut done = Completions::new();
     let mut wait = |channel: &mut IoChannel, cookies: &[u64]| {
-        until(&format!("{cookies:?} complete"), || channel.poll(&mut done) && done.len() == cookies.len());
+        until(format_args!("{cookies:?} complete"), || {
+            channel.poll(&mut done) && done.len() == cookies.len()
+        });
         let mut got: Vec<_> = done.drain(..).map(|c| (c.cookie, c.status)).collect();
         got.sort_unstable_by_key(|(c, _)| *c);
         assert_eq!(got, cookies.iter().map(|c| (*c, Status::Ok)).collect::<Vec<_>>());
