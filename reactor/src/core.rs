@@ -91,6 +91,8 @@ impl Reactor {
             }
         }
         let handle = Handle::new(name.into(), core, policy)?;
+        // A reactor does not move between threads: the one that makes it is the one that runs it.
+        handle.0.time.belongs_to_this_thread();
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         epoll::add(&epoll, &handle.0.eventfd, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
         Ok(Self {
@@ -125,7 +127,6 @@ impl Reactor {
             core_affinity::set_for_current(core_affinity::CoreId { id: core });
         }
         let shared = self.core.handle.0.clone();
-        shared.time.started();
         // Sleeps of some microseconds would take 50 more otherwise. Fails nowhere that matters.
         let _ = rustix::thread::set_current_timer_slack(std::num::NonZeroU64::new(1));
         let mut turn_began = Instant::now();

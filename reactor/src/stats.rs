@@ -15,7 +15,7 @@ pub struct ReactorStats {
     pub sleeps: u64,
     /// Asleep at this moment.
     pub asleep: bool,
-    /// Thread id in the kernel, 0 before it runs.
+    /// Thread id in the kernel.
     pub tid: i32,
 }
 
@@ -35,7 +35,7 @@ fn add(counter: &AtomicU64, n: u64) {
 }
 
 impl TimeStats {
-    pub(crate) fn started(&self) {
+    pub(crate) fn belongs_to_this_thread(&self) {
         self.tid.store(rustix::thread::gettid().as_raw_nonzero().get(), Ordering::Relaxed);
     }
 
