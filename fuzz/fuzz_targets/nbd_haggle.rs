@@ -3,12 +3,12 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
+use nbd_proto::framing::Framing;
 use nbd_proto::haggle::wire::{IHAVEOPT, OPTION_REPLY_MAGIC, ReplyHeader, opt, rep};
 use nbd_proto::haggle::{
     BlockSizes, Catalog, Chosen, Error, Export, MAX_INPUT, MAX_OUTPUT, Outcome, Refusal, ServerHaggle,
     Settings, Style, Tls,
 };
-use nbd_proto::framing::Framing;
 use nbd_proto::wire::TransmissionFlags;
 use zerocopy::FromBytes;
 
@@ -101,7 +101,9 @@ fn check_replies(mut said: &[u8], chosen: Option<&Chosen>) {
         let (header, rest) = ReplyHeader::ref_from_prefix(said).expect("a whole header");
         assert_eq!(header.magic.get(), OPTION_REPLY_MAGIC);
         let kind = header.kind.get();
-        assert!([rep::ACK, rep::SERVER, rep::INFO, rep::META_CONTEXT].contains(&kind) || kind & rep::ERROR != 0);
+        assert!(
+            [rep::ACK, rep::SERVER, rep::INFO, rep::META_CONTEXT].contains(&kind) || kind & rep::ERROR != 0
+        );
         let (data, rest) = rest.split_at(header.len.get() as usize);
         assert!(kind & rep::ERROR == 0 || std::str::from_utf8(data).is_ok());
         said = rest;

@@ -9,7 +9,9 @@ use nbd_proto::transmission::{Event, Transmission, Want};
 use nbd_proto::wire::{ORIGINAL_REPLY_MAGIC, TransmissionFlags};
 
 fuzz_target!(|input: &[u8]| {
-    let Some(([f0, f1, shift, blocks, pieces @ ..], mut rest)) = input.split_first_chunk::<8>() else { return };
+    let Some(([f0, f1, shift, blocks, pieces @ ..], mut rest)) = input.split_first_chunk::<8>() else {
+        return;
+    };
     let block_size = 512u32 << (shift & 7);
     let export = Export {
         size: u64::from(*blocks) << (shift & 31) << 9,
@@ -18,7 +20,8 @@ fuzz_target!(|input: &[u8]| {
         flags: TransmissionFlags(u16::from_be_bytes([*f0, *f1])),
     };
     let original = Framing::Original { reply_magic: ORIGINAL_REPLY_MAGIC };
-    let framing = [Framing::Simple, Framing::Structured, Framing::Extended, original][usize::from(shift >> 6)];
+    let framing =
+        [Framing::Simple, Framing::Structured, Framing::Extended, original][usize::from(shift >> 6)];
     let allocation = framing.has_chunks() && shift & 32 != 0;
     let mut machine = Transmission::with(export, Agreed { framing, allocation });
     let (mut staged, mut pieces) = (Vec::new(), pieces.iter().cycle());
@@ -82,5 +85,7 @@ fn check(r: &Request, export: &Export) {
     assert!(r.offset().is_multiple_of(block) && len.is_multiple_of(block) && r.offset() + len <= export.size);
     assert_eq!(len == 0, r.command() == Command::Flush);
     assert!(!r.command().modifies() || !export.flags.has(TransmissionFlags::READ_ONLY));
-    assert!(!matches!(r.command(), Command::Read | Command::Write { .. }) || r.len() <= export.max_payload.into());
+    assert!(
+        !matches!(r.command(), Command::Read | Command::Write { .. }) || r.len() <= export.max_payload.into()
+    );
 }
