@@ -13,7 +13,7 @@ use engine::log::LogControl;
 use engine::{App, Options, app};
 use reactor::{Handle, IdlePolicy};
 use serde_json::json;
-use test_support::{Dir, patience, until};
+use test_support::{Dir, listens, patience, until};
 
 /// Addresses and files of one test.
 struct Place {
@@ -293,7 +293,7 @@ fn shipped_configuration(place: &Place, late: bool) {
         assert!(!socket.exists());
         target = Some(Target::start(place));
     }
-    p.until("the socket", || socket.exists());
+    p.until("the socket", || listens(&socket));
     assert_eq!(greeting(&socket), b"NBDMAGICIHAVEOPT");
     let connected = || {
         let mut rpc = rpc::Client::connect(place.file("initiator.sock")).unwrap();

@@ -27,10 +27,11 @@ struct Entry {
 const FREE: usize = 0;
 const CLAIMED: usize = 1;
 
-/// States: as mapped; a thread is at it; replaced.
+/// States: as mapped; a thread is at it; replaced; could not be replaced.
 const INTACT: u8 = 0;
 const REPLACING: u8 = 1;
 const REPLACED: u8 = 2;
+const BEYOND_HELP: u8 = 3;
 
 static TABLE: [Entry; CAPACITY] = [const {
     Entry { start: AtomicUsize::new(FREE), len: AtomicUsize::new(0), state: AtomicU8::new(INTACT) }
@@ -133,9 +134,9 @@ fn replace(address: usize) -> bool {
     let Some(entry) = TABLE[..used].iter().find(holds) else { return false };
     match entry.state.compare_exchange(INTACT, REPLACING, Ordering::AcqRel, Ordering::Acquire) {
         Ok(_) => {}
-        // Another thread is at it: the instruction that is tried again finds the new memory, or comes back here.
-        Err(REPLACING) => return true,
-        // Anonymous memory does not raise this.
+        // Another thread is at it, or was done with it since this one's signal was raised: anonymous memory raises none. The
+        // instruction that is tried again finds the new memory, or comes back here.
+        Err(REPLACING | REPLACED) => return true,
         Err(_) => return false,
     }
     let (start, len) = (entry.start.load(Ordering::Relaxed), entry.len.load(Ordering::Relaxed));
@@ -150,7 +151,7 @@ fn replace(address: usize) -> bool {
             MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED,
         )
     };
-    entry.state.store(REPLACED, Ordering::Release);
+    entry.state.store(if new.is_ok() { REPLACED } else { BEYOND_HELP }, Ordering::Release);
     LOSSES.fetch_add(1, Ordering::Relaxed);
     new.is_ok()
 }
@@ -222,6 +223,27 @@ mod tests {
         assert!(region.copy_in(0, &[3; 16]) && region.copy_out(0, &mut out) && out == [3; 16]);
         drop(region);
         assert!(other.copy_in(0, &[1; 4096]));
+    }
+
+    /// Threads that touch lost memory at the same moment all get their signal, one of them after another has replaced it.
+    /// Handed on to what handled the signal before, it would take this handler away.
+    #[test]
+    fn threads_may_lose_the_same_memory_at_once() {
+        for _ in 0..200 {
+            let (fd, region) = shared(16 * 4096);
+            rustix::fs::ftruncate(&fd, 0).unwrap();
+            let at_once = std::sync::Barrier::new(4);
+            std::thread::scope(|s| {
+                for t in 0..4 {
+                    let (region, at_once) = (&region, &at_once);
+                    s.spawn(move || {
+                        at_once.wait();
+                        assert!(region.copy_in(t * 4 * 4096, &[1]));
+                    });
+                }
+            });
+            assert!(region.is_lost());
+        }
     }
 
     #[test]

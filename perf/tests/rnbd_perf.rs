@@ -9,7 +9,7 @@ use std::process::{Command, Output, Stdio};
 use common::{Net, Target};
 use perf::result::RunResult;
 use serde_json::{Value, json};
-use test_support::{until, until_some};
+use test_support::{listens, until, until_some};
 
 /// A folder that goes away.
 struct Dir(test_support::Dir);
@@ -335,7 +335,7 @@ fn remote_devices_are_verified() {
     ]});
     let target = Target::serve(Net::loopback(), &served);
     target.app(|_| ());
-    until("the servers listen", || Path::new(&nbd).exists() && Path::new(&vhost).exists());
+    until("the servers listen", || listens(&nbd) && Path::new(&vhost).exists());
     let rnbd = format!("rnbd://{client}@{address}/M2?provider=soft-roce");
     let devices = [
         format!("vhost:{vhost}"),

@@ -5,10 +5,12 @@ Prints the result as JSON (a bare string as it is) and exits 0; prints the error
 if nobody answers. Messages are JSON values one after the other, without a frame, as SPDK does it.
 """
 import json
+import os
 import socket
 import sys
 
-TIMEOUT_S = 60.0
+# Some calls wait for what they ask for. The limit is only there to end what hangs.
+TIMEOUT_S = 180.0 * float(os.environ.get("TIME_SCALE", "1"))
 
 
 def call(path, method, params=None):

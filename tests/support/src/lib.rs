@@ -9,5 +9,5 @@ mod network;
 mod wait;
 
 pub use files::Dir;
-pub use network::{address, network, port};
+pub use network::{address, listens, network, port};
 pub use wait::{limit, patience, recv, scale, until, until_some};

@@ -2,7 +2,8 @@
 
 use std::net::Ipv4Addr;
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixListener};
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// 127.192.0.0 to 127.254.255.0; scripts use those below.
@@ -47,6 +48,12 @@ fn claim(what: &str, count: u32) -> u32 {
     panic!("no {what} is free")
 }
 
+/// Somebody accepts connections on the unix socket `path`. Its file is there before that, as soon as the socket has its
+/// name.
+pub fn listens(path: impl AsRef<Path>) -> bool {
+    UnixStream::connect(path).is_ok()
+}
+
 /// Address `last` of a network of [`network`].
 pub fn address(network: [u8; 3], last: u8) -> Ipv4Addr {
     let [a, b, c] = network;
@@ -56,6 +63,17 @@ pub fn address(network: [u8; 3], last: u8) -> Ipv4Addr {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_is_no_listener() {
+        let path = crate::Dir::new("listens").file("s", 0);
+        assert!(!listens(&path), "no socket");
+        let dir = crate::Dir::new("listens");
+        let listener = UnixListener::bind(dir.join("s")).unwrap();
+        assert!(listens(dir.join("s")));
+        drop(listener);
+        assert!(!listens(dir.join("s")) && dir.join("s").exists());
+    }
 
     #[test]
     fn nobody_gets_the_same() {
