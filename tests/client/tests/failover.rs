@@ -42,12 +42,12 @@ fn round(target: &Target, paths: &[Opts; 2], second: &mut Client, device: u32, n
         first.send(usize::from(id % 2), id, &frame(device, id, [number, b'A'])).unwrap();
     }
     second.pump_for(wait);
+    // A reactor that has not run since then would find the first path's requests after the repetitions, and cannot tell
+    // them from new ones (docs/architecture.md): this is about executions that were begun.
+    target.reactors_have_turned();
     for id in 0..WIDTH {
         second.send(usize::from(id / 2 % 2), id, &frame(device, id, [number, b'A'])).unwrap();
     }
-    // A reactor that has not run since then would find the first path's requests when the client has done with them, and
-    // cannot tell them from new ones (docs/architecture.md): this is about executions that were begun.
-    target.reactors_have_turned();
     for id in 0..WIDTH {
         assert_eq!(second.wait_reply(id, target.timeout()), Outcome::Ok, "repetition of {id}");
         // At once, under another id, to the block whose write has just been acknowledged.
