@@ -26,7 +26,10 @@ done
 
 logs=build/logs
 mkdir -p "$logs"
-passed=0 failed=0 skipped=0 repeated=()
+# A line for each stage that has ended: "passed NAME", "failed NAME", "skipped NAME", "repeated NAME: why". Stages that run
+# beside each other write to it.
+results=$logs/results
+: >"$results"
 
 # wanted TIER NAME: the stage belongs to what is run now.
 wanted() {
@@ -57,7 +60,8 @@ PY
   export TIME_SCALE
 }
 
-# stage TIER NAME COMMAND...: one line on the console, the output in a file, the end of it on the console when it fails.
+# stage TIER NAME COMMAND...: a line when it begins and one when it has ended, the output in a file, the end of it on the
+# console when it fails.
 stage() {
   local level=$1 name=$2 rc=0 start=$SECONDS log=$logs/$2.log
   shift 2
@@ -66,23 +70,23 @@ stage() {
     printf '%-6s %s\n' "$level" "$name"
     return 0
   fi
+  printf '        %s ...\n' "$name"
   measure_speed
-  printf '%-36s ' "$name"
   "$@" >"$log" 2>&1 </dev/null || rc=$?
-  if [[ $rc == 0 ]]; then
-    passed=$((passed + 1))
-    printf 'ok      %4d s  %s\n' $((SECONDS - start)) "$(summary "$log")"
-  elif [[ $rc == 77 ]]; then
-    skipped=$((skipped + 1))
-    printf 'SKIPPED %4d s  %s\n' $((SECONDS - start)) "$(tail -n 1 "$log")"
-  else
-    failed=$((failed + 1))
-    printf 'FAILED  %4d s  status %d, see %s\n' $((SECONDS - start)) "$rc" "$log"
-    tail -n 40 "$log" | sed 's/^/    /'
-  fi
+  case $rc in
+    0) verdict passed ok "$(summary "$log")" ;;
+    77) verdict skipped SKIPPED "$(tail -n 1 "$log")" ;;
+    *) verdict failed FAILED "status $rc, see $log
+$(tail -n 40 "$log" | sed 's/^/    /')" ;;
+  esac
   # What scripts/vm/run.sh says of a run that told nothing of what was to be checked.
-  ! grep -aq 'running once more$' "$log" || repeated+=("$name: $(grep -a -m 1 'running once more$' "$log")")
+  ! grep -aq 'running once more$' "$log" || echo "repeated $name: $(grep -a -m 1 'running once more$' "$log")" >>"$results"
   return 0
+}
+# verdict RESULT WORD TEXT, of the stage under way.
+verdict() {
+  echo "$1 $name" >>"$results"
+  printf '%-7s %-36s %4d s  %s\n' "$2" "$name" $((SECONDS - start)) "$3"
 }
 
 # How many tests a stage ran, in the words of its runner.
@@ -104,6 +108,8 @@ scenarios() {
         args=(-k "${parts[0]}")
         [[ -z ${parts[1]:-} ]] || args+=(-n "${parts[1]}")
         for kv in "${parts[@]:2}"; do args+=(-o "$kv"); done
+        # CI builds nothing for release but the budgets' program.
+        [[ $tier == long ]] || args+=(-o "BIN_DIR=$PWD/build/debug")
         stage "$level" "vm-$name-${where//[\/,]/-}" scripts/vm/run.sh -q "${args[@]}" "$name"
       done
     done
@@ -112,32 +118,48 @@ scenarios() {
 
 packages() { scripts/packages.sh build valgrind; }
 loom() {
-  RUSTFLAGS="--cfg loom" cargo test -p reactor --lib --release --target-dir build/loom waker &&
-    RUSTFLAGS="--cfg loom" cargo test -p roce-proto --lib --release --target-dir build/loom keys
+  RUSTFLAGS="--cfg loom" cargo test -p reactor --lib --target-dir build/loom waker &&
+    RUSTFLAGS="--cfg loom" cargo test -p roce-proto --lib --target-dir build/loom keys
 }
-# Instructions per request on the hot paths, against a stored budget: no other load on the machine changes them.
-budget() { build/release/instruction-budget check; }
 docs() { RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps; }
+# Instructions per request on the hot paths, against a stored budget: no other load on the machine changes them.
+budget() { cargo build --release -p hot-paths --bins && build/release/instruction-budget check; }
 peers() { scripts/peers.sh build && scripts/peers.sh versions; }
 tree_is_clean() { git diff --exit-code HEAD --stat && [[ -z $(git status --porcelain) && ! -e target/debug && ! -e target/release ]]; }
 
+# What takes programs that cargo test has built: they have debug assertions and overflow checks.
+use_programs() {
+  stage quick unit cargo test --workspace --no-fail-fast
+  stage quick nbd scripts/test-nbd.sh build/debug
+  stage ci nbd-client scripts/test-nbd-client.sh build/debug
+  stage ci spdk-client scripts/test-spdk-client.sh build/debug/rnbd-target
+  stage ci native scripts/test-native.sh build/debug 20
+  stage long perf scripts/test-perf.sh build/debug
+}
+# What builds something else. It keeps the processors busy while the above waits for states.
+build_more() {
+  stage ci loom loom
+  stage ci docs docs
+  stage ci budget budget
+  stage ci vm-build scripts/vm/build.sh -k 6.12
+  stage long vm-build-all scripts/vm/build.sh -k 6.12 -k 6.1 -k newest
+  stage long release cargo build --release --workspace --bins
+}
+
+# Nobody builds twice in CI.
+[[ -z ${CI:-} ]] || export CARGO_INCREMENTAL=0
 stage quick packages packages
 stage quick fmt cargo fmt --all --check
 stage quick clippy cargo clippy --workspace --all-targets -- -D warnings
-stage quick unit cargo test --workspace --no-fail-fast
-# The programs that cargo test left: they have debug assertions and overflow checks. VM scenarios use those of the release.
-stage quick nbd scripts/test-nbd.sh build/debug
-stage ci nbd-client scripts/test-nbd-client.sh build/debug
-stage ci spdk-client scripts/test-spdk-client.sh build/debug/rnbd-target
-stage ci native scripts/test-native.sh build/debug 20
-stage ci perf scripts/test-perf.sh build/debug
-stage ci loom loom
-stage ci docs docs
-stage ci release cargo build --release --bins -p rnbd-target -p rnbd-initiator -p hot-paths
-stage ci budget budget
-stage long release-all cargo build --release --workspace --bins
-stage ci vm-build scripts/vm/build.sh -k 6.12
-stage long vm-build-all scripts/vm/build.sh -k 6.12 -k 6.1 -k newest
+stage quick build cargo test --workspace --no-run
+if [[ $tier == quick || -n $list ]]; then
+  use_programs
+  build_more
+else
+  use_programs &
+  build_more
+  wait
+fi
 scenarios
 stage long peers peers
 for suite in trixie sid; do
@@ -150,13 +172,16 @@ stage long spdk scripts/test-spdk.sh build/release
 [[ -z ${CI:-} ]] || stage ci tree-is-clean tree_is_clean
 [[ -z $list ]] || exit 0
 
+count() { grep -c "^$1 " "$results"; }
+passed=$(count passed) failed=$(count failed) skipped=$(count skipped) repeated=$(count repeated)
 echo
-if [[ ${#repeated[@]} -gt 0 ]]; then
+if [[ $repeated != 0 ]]; then
   echo "repeated once, for a reason that is not what was to be checked:"
-  printf '  %s\n' "${repeated[@]}"
+  sed -n 's/^repeated /  /p' "$results"
   # One such accident is bad luck. Two are a fault.
-  [[ ${#repeated[@]} -le 1 ]] || { failed=$((failed + 1)); echo "more than one repetition in a run is a failure"; }
+  [[ $repeated == 1 ]] || { failed=$((failed + 1)); echo "more than one repetition in a run is a failure"; }
 fi
+[[ $failed == 0 ]] || sed -n 's/^failed /failed: /p' "$results"
 printf '%d min %d s\n' $((SECONDS / 60)) $((SECONDS % 60))
 echo "$passed passed, $failed failed, $skipped skipped"
 # In CI nothing that a stage needs may be missing.

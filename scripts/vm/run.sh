@@ -81,7 +81,7 @@ read -r kver _ <"$vm/kernel-$series"
 [[ $series != newest ]] || { series=$(readlink "$vm/kernel-newest"); series=${series#kernel-}; }
 dir=$vm/$kver name=$scenario-$kver
 [[ $net == rxe ]] || name+=-$net
-for kv in "${env[@]}"; do name+=-${kv//[^A-Za-z0-9_=.]/}; done
+for kv in "${env[@]}"; do [[ $kv == *_DIR=* ]] || name+=-${kv//[^A-Za-z0-9_=.]/}; done
 log=$vm/logs/$name.log console=$vm/logs/$name.console.log out=$vm/out/$name
 [[ -e $dir/initrd.gz ]] || "$here/build.sh" -k "$series"
 mkdir -p "$vm/logs"
