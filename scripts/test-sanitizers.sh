@@ -9,7 +9,6 @@ cd "$(dirname "$0")/.."
 host=$(rustc -vV | sed -n 's/^host: //p')
 export RUSTC_BOOTSTRAP=1
 export RUSTFLAGS="-Zsanitizer=address -Cforce-frame-pointers=yes"
-# Tests that count allocations replace the allocator that the sanitizer needs; test-sanitizers says so by name.
 export ASAN_OPTIONS=detect_stack_use_after_return=1:strict_string_checks=1:${ASAN_OPTIONS:-}
 # Naming the host keeps the flags from build scripts and procedural macros.
 build=(--target "$host" --target-dir build/asan)

@@ -3,7 +3,7 @@
 #
 #   scripts/test.sh            what CI runs: everything deterministic, and each front end once against a real kernel
 #   scripts/test.sh --quick    the inner loop: format, lints, unit and property tests
-#   scripts/test.sh --long     everything: all VM scenarios and kernels, peers of newer Debians, fuzzing, sanitizers, arm64
+#   scripts/test.sh --long     everything: all VM scenarios and kernels, peers of newer Debians, fuzzing
 #   scripts/test.sh [TIER] --list            the stages of a tier
 #   scripts/test.sh [TIER] --only REGEX      those stages of a tier whose names match; repeatable
 #
