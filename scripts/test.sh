@@ -129,7 +129,7 @@ tree_is_clean() { git diff --exit-code HEAD --stat && [[ -z $(git status --porce
 
 # What takes programs that cargo test has built: they have debug assertions and overflow checks.
 use_programs() {
-  stage quick unit cargo test --workspace --no-fail-fast
+  stage quick unit scripts/test-unit.py
   stage quick nbd scripts/test-nbd.sh build/debug
   stage ci nbd-client scripts/test-nbd-client.sh build/debug
   stage ci spdk-client scripts/test-spdk-client.sh build/debug/rnbd-target
