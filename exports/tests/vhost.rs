@@ -123,6 +123,35 @@ fn guests_use_bdevs_of_all_kinds() {
     program.stop();
 }
 
+/// What a balloon, free page reporting and virtio-mem do: a page of the guest leaves its file, and another comes in its
+/// place. Data then goes to and comes from the page that is there now.
+#[test]
+fn memory_that_the_host_took_back_is_not_used() {
+    let program = Program::start();
+    program.create("F0", "F0", json!({})).unwrap();
+    let mut disk = program.plug("F0", Guest::default());
+    // The ring has seen the memory.
+    disk.write(0, &[1; 4096]).unwrap();
+    let slot = disk.take(0).unwrap();
+    let data = disk.request(0, slot).data;
+    for byte in [2, 3] {
+        disk.ram.take_back(data & !4095, 8192);
+        disk.ram.write(data, &[byte; 4096]);
+        assert!(disk.submit(0, slot, 1, 0, 4096, true));
+        disk.publish(0);
+        assert_eq!(disk.wait(0).unwrap().1, 0);
+        let file = std::fs::read(program.dir.join("file")).unwrap();
+        assert!(file[..4096] == [byte; 4096], "the write took what the guest had there before: {}", file[0]);
+        disk.ram.take_back(data & !4095, 8192);
+        assert!(disk.submit(0, slot, 0, 0, 4096, false));
+        disk.publish(0);
+        assert_eq!(disk.wait(0).unwrap().1, 0);
+        let seen = disk.ram.read(data, 4096);
+        assert!(seen == [byte; 4096], "the read went where the guest does not look: {}", seen[0]);
+    }
+    program.stop();
+}
+
 #[test]
 fn methods_answer_as_spdks() {
     let program = Program::start();

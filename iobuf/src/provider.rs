@@ -12,16 +12,4 @@ pub trait Provider: std::fmt::Debug + Send + Sync {
     /// # Safety
     /// From there, with the same length, not given back before, and nobody uses it any more.
     unsafe fn free(&self, base: NonNull<u8>, len: usize);
-
-    /// Makes memory of another origin (a guest's) known to the devices; false if that cannot be.
-    ///
-    /// # Safety
-    /// A mapping of `len` bytes that stays until [`Provider::detach`].
-    unsafe fn attach(&self, base: NonNull<u8>, len: usize) -> bool;
-
-    /// Ends [`Provider::attach`].
-    ///
-    /// # Safety
-    /// Attached, and no request uses it any more.
-    unsafe fn detach(&self, base: NonNull<u8>, len: usize);
 }

@@ -40,7 +40,7 @@ pub enum MapError {
     },
     /// The file does not have these bytes: touching them would kill the process (SIGBUS).
     #[error(
-        "shared memory of {size} bytes has no {len} bytes at offset {offset}; whole pages inside are right"
+        "shared memory of {size} bytes has no {len} bytes at offset {offset}; whole pages are right, of which the last may be partly there"
     )]
     Outside {
         /// Wanted.
@@ -63,8 +63,6 @@ pub struct Region {
     id: RegionId,
     /// Of the registry: moves when this region goes.
     generation: Option<Arc<AtomicU64>>,
-    /// Pages are another process's too: giving them back would not zero them.
-    shared: bool,
     /// Of shared memory.
     guard: Option<Guard>,
     origin: Origin,
@@ -73,10 +71,10 @@ pub struct Region {
 /// Where the memory came from, which is where it goes.
 #[derive(Debug)]
 enum Origin {
-    /// `mmap`.
-    Mapped,
-    /// `mmap`, and a provider knows it.
-    Attached(Arc<dyn Provider>),
+    /// `mmap`, private.
+    Private,
+    /// `mmap` of a file that another process has, too.
+    Shared,
     /// A provider.
     Provided(Arc<dyn Provider>),
 }
@@ -125,8 +123,7 @@ impl Region {
         // (no transparent huge pages in this kernel) costs speed only.
         let _ = unsafe { rustix::mm::madvise(base, rounded, Advice::LinuxHugepage) };
         let base = NonNull::new(base.cast()).expect("mmap never returns null on success");
-        let (shared, guard, origin) = (false, None, Origin::Mapped);
-        Ok(Self { base, len: rounded, id, generation, shared, guard, origin })
+        Ok(Self { base, len: rounded, id, generation, guard: None, origin: Origin::Private })
     }
 
     /// As `with_id`, out of `provider` if it has as much.
@@ -138,20 +135,11 @@ impl Region {
     ) -> Result<Self, MapError> {
         let rounded = len.max(1).next_multiple_of(PAGE_SIZE);
         let Some(base) = provider.allocate(rounded) else { return Self::with_id(len, id, generation) };
-        // Shared, because it is no mapping whose pages could be given back.
-        let (shared, guard, origin) = (true, None, Origin::Provided(provider.clone()));
-        Ok(Self { base, len: rounded, id, generation, shared, guard, origin })
+        let origin = Origin::Provided(provider.clone());
+        Ok(Self { base, len: rounded, id, generation, guard: None, origin })
     }
 
-    /// Lets `provider` know memory that did not come from it.
-    pub(crate) fn attach(&mut self, provider: &Arc<dyn Provider>) {
-        // SAFETY: the mapping of this region, which `drop` detaches before it unmaps it.
-        if matches!(self.origin, Origin::Mapped) && unsafe { provider.attach(self.base, self.len) } {
-            self.origin = Origin::Attached(provider.clone());
-        }
-    }
-
-    /// Maps `len` bytes at `offset` of the file `fd`, shared. Both are whole pages of it.
+    /// Maps `len` bytes at `offset` of the file `fd`, shared. Both are whole pages, of which the file has at least a part.
     pub(crate) fn shared_with_id(
         fd: BorrowedFd<'_>,
         offset: u64,
@@ -162,6 +150,8 @@ impl Region {
         let refused = |source| MapError::Shared { len, offset, source };
         let size = rustix::fs::fstat(fd).map_err(refused)?.st_size as u64;
         let pages = len > 0 && len.is_multiple_of(PAGE_SIZE) && offset.is_multiple_of(PAGE_SIZE as u64);
+        // The last page of a file may be partly there: behind its end it is zeroes that are written nowhere.
+        let size = size.checked_next_multiple_of(PAGE_SIZE as u64).unwrap_or(size);
         if !pages || offset.checked_add(len as u64).is_none_or(|end| end > size) {
             return Err(MapError::Outside { len, offset, size });
         }
@@ -183,13 +173,20 @@ impl Region {
         // SAFETY: the mapping just made, which `drop` ends after the guard. Only raw pointers lead to it, whose users
         // expect the bytes to change at any time, and to have changed to zeroes is no different.
         let guard = unsafe { Guard::new(base.as_ptr(), len) };
-        Ok(Self { base, len, id, generation, shared: true, guard, origin: Origin::Mapped })
+        Ok(Self { base, len, id, generation, guard, origin: Origin::Shared })
     }
 
     /// Shared memory whose other side has taken it away: it has been replaced by zeroed memory that nobody else sees.
     /// [`crate::losses`] tells when to ask.
     pub fn is_lost(&self) -> bool {
         self.guard.as_ref().is_some_and(Guard::is_lost)
+    }
+
+    /// Devices and io_uring may keep hold of the pages that are there now. Not of shared memory: its other side can take
+    /// pages back (a guest's balloon, free page reporting, virtio-mem), and whoever touches them next gets new ones, while a
+    /// device would go on with the old.
+    pub fn may_pin(&self) -> bool {
+        !matches!(self.origin, Origin::Shared)
     }
 
     /// First byte. Valid for reads and writes of [`Region::len`] bytes while the region lives.
@@ -275,7 +272,8 @@ impl Region {
         let end = offset + len;
         let first = offset.next_multiple_of(PAGE_SIZE).min(end);
         let last = (end / PAGE_SIZE * PAGE_SIZE).max(first);
-        let freed = free && !self.shared && last > first && self.give_back(first, last - first);
+        let own = matches!(self.origin, Origin::Private);
+        let freed = free && own && last > first && self.give_back(first, last - first);
         let holes = if freed { [(offset, first), (last, end)] } else { [(offset, end), (end, end)] };
         for (from, to) in holes {
             // SAFETY: both ends are between `offset` and `end`, which are inside the mapping (checked).
@@ -311,18 +309,12 @@ impl Drop for Region {
     fn drop(&mut self) {
         // Other memory may be mapped there next.
         self.guard = None;
-        let unmap = || {
-            // SAFETY: the mapping made in `with_id` or `shared_with_id`, unmapped exactly once. Segments do not outlive it
-            // by the contract of `segment`.
-            let result = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
-            debug_assert!(result.is_ok(), "munmap of an own mapping: {result:?}");
-        };
         match &self.origin {
-            Origin::Mapped => unmap(),
-            Origin::Attached(provider) => {
-                // SAFETY: attached once, by `attach`; still mapped.
-                unsafe { provider.detach(self.base, self.len) };
-                unmap();
+            Origin::Private | Origin::Shared => {
+                // SAFETY: the mapping made in `with_id` or `shared_with_id`, unmapped exactly once. Segments do not outlive it
+                // by the contract of `segment`.
+                let result = unsafe { rustix::mm::munmap(self.base.as_ptr().cast(), self.len) };
+                debug_assert!(result.is_ok(), "munmap of an own mapping: {result:?}");
             }
             // SAFETY: its memory, given back once; segments do not outlive it, as above.
             Origin::Provided(provider) => unsafe { provider.free(self.base, self.len) },
@@ -424,6 +416,10 @@ mod tests {
         {
             assert!(matches!(map(offset, len), Err(MapError::Outside { .. })), "{offset}, {len}");
         }
+        rustix::fs::ftruncate(&fd, 7568).unwrap();
+        let partly = map(0, 8192).unwrap();
+        assert!(partly.copy_in(7566, b"ends") && partly.copy_in(8188, b"past"));
+        assert!(matches!(map(0, 12288), Err(MapError::Outside { .. })));
     }
 
     #[test]

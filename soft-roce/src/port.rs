@@ -77,6 +77,7 @@ impl Port {
             max_sge: verbs::SgeList::MAX as u32,
             max_mr_bytes: 1 << 40,
             windows: WindowKind::PerDomain,
+            pins: false,
         };
         let port = Self {
             ip,

@@ -48,6 +48,9 @@ pub struct DeviceInfo {
     pub max_mr_bytes: u64,
     /// How memory windows work here.
     pub windows: WindowKind,
+    /// A memory region is the pages that were there when it was registered, not its addresses: the device does not notice
+    /// when others come in their place. See [`Region::may_pin`].
+    pub pins: bool,
 }
 
 /// Memory windows of a device: keys that can be changed per request at the cost of a work request.

@@ -20,9 +20,6 @@ static LENT: AtomicUsize = AtomicUsize::new(0);
 /// `SPDK_VTOPHYS_ERROR`, a macro that bindgen cannot read.
 const VTOPHYS_ERROR: u64 = u64::MAX;
 
-/// Registered whole, both ends.
-const HUGE: usize = 2 << 20;
-
 /// SPDK was started with hugepages and PCI devices, or with either; both false when it has ended.
 pub(super) fn set(hugepages: bool, devices: bool) {
     HUGEPAGES.store(hugepages, Ordering::Release);
@@ -76,18 +73,6 @@ impl Provider for Hugepages {
         // anything is lent.
         unsafe { sys::spdk_dma_free(base.as_ptr().cast()) };
         LENT.fetch_sub(1, Ordering::AcqRel);
-    }
-
-    /// Memory of somebody else can be registered if it is hugepages too (a guest's).
-    unsafe fn attach(&self, base: NonNull<u8>, len: usize) -> bool {
-        let whole = (base.as_ptr() as usize).is_multiple_of(HUGE) && len.is_multiple_of(HUGE);
-        // SAFETY: a mapping that stays until `detach`, by the caller's promise. A refusal changes nothing.
-        whole && unsafe { sys::spdk_mem_register(base.as_ptr().cast(), len as _) } == 0
-    }
-
-    unsafe fn detach(&self, base: NonNull<u8>, len: usize) {
-        // SAFETY: registered by `attach`, and still mapped.
-        unsafe { sys::spdk_mem_unregister(base.as_ptr().cast(), len as _) };
     }
 }
 

@@ -45,7 +45,7 @@ impl FixedBuffers {
         self.table.get(usize::from(index))?.is_some().then_some(index)
     }
 
-    /// Registers what is new, lets go of what is gone. System calls; once per change of the registry.
+    /// Registers what is new and may be pinned, lets go of what is gone. System calls; once per change of the registry.
     #[cold]
     fn sync(&mut self, ring: &IoUring) {
         let snapshot = self.registry.snapshot();
@@ -60,7 +60,7 @@ impl FixedBuffers {
             if same {
                 continue;
             }
-            let vec = match now.filter(|r| r.len() <= MAX_FIXED) {
+            let vec = match now.filter(|r| r.may_pin() && r.len() <= MAX_FIXED) {
                 Some(region) => IoVec { base: region.as_ptr(), len: region.len() },
                 None => IoVec { base: std::ptr::null_mut(), len: 0 },
             };

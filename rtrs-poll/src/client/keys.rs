@@ -156,8 +156,11 @@ impl DeviceKeys {
         self.table = KeyTable::new(snapshot.generation, mrs);
     }
 
-    /// `None`, said aloud, if the device refuses: requests with data there are, too.
+    /// `None` if the region must not be pinned, and, said aloud, if the device refuses: requests with data there are, too.
     fn register(&self, region: &Arc<Region>) -> Option<Arc<Mr>> {
+        if self.device.info().pins && !region.may_pin() {
+            return None;
+        }
         match self.device.clone().register(region.clone(), ACCESS) {
             Ok(mr) => Some(Arc::new(mr)),
             Err(error) => {
@@ -225,6 +228,25 @@ mod tests {
         assert!(of(&new, &c).is_some());
         assert_eq!(of(&new, &a), of(&table, &a), "what stays is not registered again");
         assert!(keys.refresh().is_empty());
+    }
+
+    #[test]
+    fn a_device_that_pins_gets_no_guests_memory() {
+        use std::os::fd::AsFd;
+        use verbs::loopback::Config;
+        let dir = test_support::Dir::new("guests-memory");
+        let file = dir.file("ram", 4096);
+        let fd = std::fs::File::options().read(true).write(true).open(file).unwrap();
+        for pins in [false, true] {
+            let registry = Registry::new();
+            let own = registry.map(4096).unwrap();
+            let guests = registry.map_shared(fd.as_fd(), 0, 4096).unwrap();
+            let mut config = Config::default();
+            config.device.pins = pins;
+            let table = Keys::new(registry).enter(&device(&Fabric::with_config(config)));
+            assert!(table.find(&segment(&own, 0, 512)).is_some());
+            assert_eq!(table.find(&segment(&guests, 0, 512)).is_none(), pins);
+        }
     }
 
     #[test]

@@ -43,6 +43,7 @@ impl MirrorCm {
             max_sge: 4,
             max_mr_bytes: 1 << 40,
             windows: WindowKind::Unsupported,
+            pins: false,
         };
         let fds = UnixStream::pair().expect("descriptors");
         Box::new(Self { events: VecDeque::new(), device: Arc::new(MirrorDevice(info)), geometry, fds })

@@ -51,6 +51,7 @@ impl Default for Config {
             max_sge: 4,
             max_mr_bytes: 1 << 40,
             windows: WindowKind::PerDomain,
+            pins: false,
         };
         Self { device }
     }

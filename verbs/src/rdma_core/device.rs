@@ -73,6 +73,8 @@ fn info(name: String, attr: &sys::ibv_device_attr) -> DeviceInfo {
         max_sge: count(attr.max_sge),
         max_mr_bytes: attr.max_mr_size,
         windows,
+        // `ibv_reg_mr` without on-demand paging.
+        pins: true,
     }
 }
 

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use iobuf::Region;
-use rustix::fs::MemfdFlags;
+use rustix::fs::{FallocateFlags, MemfdFlags};
 
 /// Where the guest's memory begins, in its own addresses.
 const GUEST_BASE: u64 = 0x4000_0000;
@@ -89,6 +89,16 @@ impl Ram {
         let mut out = vec![0; len];
         assert!(self.region.copy_out((guest - GUEST_BASE) as usize, &mut out));
         out
+    }
+
+    /// The host takes `len` bytes at a guest address back, as QEMU does for a balloon: their pages leave the file, and the
+    /// next touch brings new, zeroed ones.
+    ///
+    /// # Panics
+    /// If the kernel refuses.
+    pub fn take_back(&self, guest: u64, len: usize) {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        rustix::fs::fallocate(&self.fd, flags, guest - GUEST_BASE, len as u64).expect("a hole in a memfd");
     }
 
     /// The table of the front end: one region, as bytes of SET_MEM_TABLE.
