@@ -149,8 +149,8 @@ pub fn parse(chain: &mut Chain, ranges: &mut Vec<Range>, write_back: bool) -> Re
         }
         v::VIRTIO_BLK_T_FLUSH => Asked::Flush,
         v::VIRTIO_BLK_T_GET_ID if chain.writable_len > 0 => Asked::Id,
-        v::VIRTIO_BLK_T_DISCARD => parse_ranges(chain, ranges, false),
-        v::VIRTIO_BLK_T_WRITE_ZEROES => parse_ranges(chain, ranges, true),
+        v::VIRTIO_BLK_T_DISCARD => parse_ranges(chain, ranges, None),
+        v::VIRTIO_BLK_T_WRITE_ZEROES => parse_ranges(chain, ranges, Some(!write_back)),
         v::VIRTIO_BLK_T_GET_ID => Asked::Nothing(BlkStatus::IoError),
         _ => Asked::Nothing(BlkStatus::Unsupported),
     })
@@ -164,8 +164,9 @@ fn data(op: Op, sector: u64, len: u64, other: u64) -> Asked {
     Asked::Data(Range { op, sector, len })
 }
 
-/// The ranges of a discard or write-zeroes (virtio 5.2.6.2: flags that mean nothing are unsupported).
-fn parse_ranges(chain: &Chain, ranges: &mut Vec<Range>, zeroes: bool) -> Asked {
+/// The ranges of a discard, or of a write-zeroes with or without FUA (virtio 5.2.6.2: flags that mean nothing are
+/// unsupported).
+fn parse_ranges(chain: &Chain, ranges: &mut Vec<Range>, zeroes: Option<bool>) -> Asked {
     let count = chain.readable_len / RANGE_LEN as u64;
     if count == 0 || !chain.readable_len.is_multiple_of(RANGE_LEN as u64) || count > MAX_RANGES as u64 {
         return Asked::Nothing(BlkStatus::IoError);
@@ -180,9 +181,9 @@ fn parse_ranges(chain: &Chain, ranges: &mut Vec<Range>, zeroes: bool) -> Asked {
         let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
         let sectors = u32::from_le_bytes([n0, n1, n2, n3]);
         let op = match (zeroes, u32::from_le_bytes(flags)) {
-            (false, 0) => Op::Discard,
-            (true, 0) => Op::WriteZeroes { unmap: false },
-            (true, v::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP) => Op::WriteZeroes { unmap: true },
+            (None, 0) => Op::Discard,
+            (Some(fua), 0) => Op::WriteZeroes { unmap: false, fua },
+            (Some(fua), v::VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP) => Op::WriteZeroes { unmap: true, fua },
             _ => return Asked::Nothing(BlkStatus::Unsupported),
         };
         if sectors == 0 || sectors > MAX_RANGE_SECTORS {

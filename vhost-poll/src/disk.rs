@@ -58,6 +58,8 @@ pub enum Op {
     WriteZeroes {
         /// Its space may be given back.
         unmap: bool,
+        /// As of a write.
+        fua: bool,
     },
 }
 

@@ -22,6 +22,10 @@ const SPLIT_ENTRY: usize = 16;
 const PACKED_HEADER: usize = 32;
 const PACKED_ENTRY: usize = 32;
 const VERSION: u16 = 1;
+/// Behind the queues, where the specification has nothing: what else a restarted process has to know. A number, or anything
+/// else if no process of this kind has been there.
+const WRITE_THROUGH: u64 = u64::from_le_bytes(*b"RNBDwce0");
+const WRITE_BACK: u64 = u64::from_le_bytes(*b"RNBDwce1");
 
 /// The memory of all queues of a device.
 #[derive(Clone, Debug)]
@@ -29,6 +33,8 @@ pub struct InflightArea {
     region: Arc<Region>,
     queues: u16,
     queue_size: u16,
+    /// Bytes: as much as the front end says there are.
+    len: u64,
 }
 
 /// Why there is no such memory.
@@ -68,7 +74,7 @@ fn area_len(queues: u16, queue_size: u16) -> Result<usize, AreaError> {
     if queues == 0 || queue_size == 0 || queue_size > 32768 || queues > 1024 {
         return Err(AreaError::Dimensions { queues, size: queue_size });
     }
-    Ok((queue_len(queue_size) * usize::from(queues)).next_multiple_of(iobuf::PAGE_SIZE))
+    Ok(queue_len(queue_size) * usize::from(queues))
 }
 
 impl InflightArea {
@@ -77,12 +83,12 @@ impl InflightArea {
     /// # Errors
     /// Dimensions, or the system's refusal.
     pub fn create(queues: u16, queue_size: u16) -> Result<(Self, OwnedFd, usize), AreaError> {
-        let len = area_len(queues, queue_size)?;
+        let len = (area_len(queues, queue_size)? + size_of::<u64>()).next_multiple_of(iobuf::PAGE_SIZE);
         let fd = rustix::fs::memfd_create("vhost-inflight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         rustix::fs::ftruncate(&fd, len as u64)?;
         rustix::fs::fcntl_add_seals(&fd, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
         let region = Region::shared(fd.as_fd(), 0, len)?;
-        Ok((Self { region, queues, queue_size }, fd, len))
+        Ok((Self { region, queues, queue_size, len: len as u64 }, fd, len))
     }
 
     /// Memory that the front end kept (SET_INFLIGHT_FD).
@@ -100,7 +106,36 @@ impl InflightArea {
         if len < want as u64 {
             return Err(AreaError::Small { got: len, want });
         }
-        Ok(Self { region: Region::shared(fd, offset, want)?, queues, queue_size })
+        let mapped = (want + size_of::<u64>()).min(len as usize).next_multiple_of(iobuf::PAGE_SIZE);
+        Ok(Self { region: Region::shared(fd, offset, mapped)?, queues, queue_size, len })
+    }
+
+    /// Notes whether completed writes may be in a cache.
+    pub(crate) fn set_write_back(&self, write_back: bool) {
+        if let Some(at) = self.cache_mode() {
+            let value = if write_back { WRITE_BACK } else { WRITE_THROUGH };
+            // SAFETY: inside the region and aligned, by `cache_mode`; any bytes are a number.
+            unsafe { at.write_volatile(value) };
+        }
+    }
+
+    /// What was noted by whoever used the memory before; `None` if nobody did.
+    pub(crate) fn write_back(&self) -> Option<bool> {
+        // SAFETY: as in `set_write_back`.
+        match unsafe { self.cache_mode()?.read_volatile() } {
+            WRITE_BACK => Some(true),
+            WRITE_THROUGH => Some(false),
+            _ => None,
+        }
+    }
+
+    /// Where that is; `None` if the memory is no longer than its queues, as of other back ends.
+    fn cache_mode(&self) -> Option<*mut u64> {
+        let at = queue_len(self.queue_size) * usize::from(self.queues);
+        let end = at + size_of::<u64>();
+        // Queues are a multiple of 64 bytes, regions start with a page.
+        (end as u64 <= self.len && end <= self.region.len())
+            .then(|| self.region.as_ptr().wrapping_add(at).cast())
     }
 
     /// As [`crate::memory::GuestMemory::is_lost`].

@@ -129,6 +129,8 @@ pub(crate) struct Queue {
     err: Option<Arc<EventFd>>,
     pub(crate) enabled: bool,
     broken: Option<Broken>,
+    /// The present memory table has no place for the ring, which is not touched until one has.
+    homeless: bool,
     /// Takes nothing from the ring; what was taken comes to its end.
     pub(crate) draining: bool,
     armed: bool,
@@ -179,6 +181,7 @@ impl Queue {
             err: setup.err,
             enabled: setup.enabled,
             broken: None,
+            homeless: false,
             draining: false,
             armed: true,
             write_back: setup.write_back,
@@ -215,13 +218,24 @@ impl Queue {
         }
     }
 
-    /// The same ring in another memory table. Only while nothing is in flight.
+    /// The same ring in another memory table. Only while nothing is in flight. A front end may take a region away and bring
+    /// it back while the queue runs: without the region of its ring the queue waits.
     pub(crate) fn set_memory(&mut self, memory: Memory) {
         match open_ring(self.config, memory, self.base()) {
-            Ok(ring) => self.ring = ring,
+            Ok(ring) => (self.ring, self.homeless) = (ring, false),
+            Err(why @ Broken::Ring(_)) => {
+                tracing::info!(queue = self.index, "vhost: {why} any more: the queue waits until it is there again");
+                self.homeless = true;
+            }
             Err(why) => self.fail(why),
         }
         self.armed = true;
+    }
+
+    /// It takes requests from its ring.
+    #[inline]
+    fn is_served(&self) -> bool {
+        self.broken.is_none() && self.enabled && !self.homeless
     }
 
     /// Takes up to `budget` chains and submits what they ask for; returns how many there were.
@@ -231,7 +245,7 @@ impl Queue {
         scratch: &mut Scratch,
         budget: usize,
     ) -> usize {
-        if self.broken.is_some() || !self.enabled {
+        if !self.is_served() {
             return 0;
         }
         if self.armed {
@@ -503,10 +517,10 @@ impl Queue {
     /// The reactor will sleep: the driver shall kick. True: there is work.
     pub(crate) fn arm(&mut self) -> bool {
         // Also of a queue that is not served: its descriptor must not keep waking the reactor.
-        if let Some(kick) = self.kick.as_ref().filter(|_| self.broken.is_some() || !self.enabled) {
-            kick.drain();
-        }
-        if self.broken.is_some() || !self.enabled {
+        if !self.is_served() {
+            if let Some(kick) = &self.kick {
+                kick.drain();
+            }
             return false;
         }
         if !self.replay.is_empty() || !self.ended.is_empty() {

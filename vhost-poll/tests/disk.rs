@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use common::*;
+use vhost::vhost_user::message::FrontendReq as R;
 use vhost_driver::{Buf, Disk, Options};
 use vhost_poll::{Coalescing, Op};
 
@@ -176,7 +177,10 @@ fn discard_and_write_zeroes_with_several_ranges() {
     assert_eq!(got, [9, 0, 0, 9, 9, 0, 9, 9]);
     assert_eq!(
         mem.log.lock().unwrap()[..2],
-        [(Op::WriteZeroes { unmap: false }, 1, 1024), (Op::WriteZeroes { unmap: true }, 5, 512)]
+        [
+            (Op::WriteZeroes { unmap: false, fua: false }, 1, 1024),
+            (Op::WriteZeroes { unmap: true, fua: false }, 5, 512)
+        ]
     );
     assert_eq!(run_ranges(&mut disk, DISCARD, &[(8, 8, 0)]), 0);
     // One bad range spoils the answer; flags that mean nothing; no range; too many.
@@ -201,6 +205,16 @@ fn write_cache_follows_the_driver() {
     disk.set_write_back(false).unwrap();
     assert_eq!(disk.config().unwrap()[32], 0);
     assert!(fua(&mut disk));
+    assert_eq!(run_ranges(&mut disk, WRITE_ZEROES, &[(0, 1, 1)]), 0);
+    let zeroes = Op::WriteZeroes { unmap: true, fua: true };
+    assert_eq!(mem.log.lock().unwrap().last(), Some(&(zeroes, 0, 512)));
+    // QEMU sends its features again at every start (a reboot, stop and cont), and the guest still reads 0.
+    disk.front.send(R::SET_FEATURES, &disk.features.to_ne_bytes(), &[]).unwrap();
+    assert_eq!(disk.config().unwrap()[32], 0);
+    assert!(fua(&mut disk));
+    assert!(disk.front.send_acked(R::RESET_DEVICE, &[], &[]).unwrap());
+    disk.resume().unwrap();
+    assert!(fua(&mut disk));
     disk.set_write_back(true).unwrap();
     assert_eq!(disk.config().unwrap()[32], 1);
     assert!(!fua(&mut disk));
@@ -208,6 +222,27 @@ fn write_cache_follows_the_driver() {
     let without = 1 << 9 | 1 << 11;
     let mut disk = Disk::connect(&backend.path, Options { without, ..Options::default() }).unwrap();
     assert!(fua(&mut disk));
+}
+
+/// A back end that was restarted has not heard what the driver chose, while the front end goes on showing it. To a session
+/// another one is like another process.
+#[test]
+fn write_cache_outlives_a_restart() {
+    for inflight in [false, true] {
+        let options = Options { inflight, ..Options::default() };
+        let mem = MemDisk::new(1 << 20);
+        let backend = Backend::start("wce-again", mem.clone());
+        let mut disk = Disk::connect(&backend.path, options).unwrap();
+        for write_back in [true, false, true] {
+            disk.set_write_back(write_back).unwrap();
+            disk.write(0, &[1; 512]).unwrap();
+            disk.reconnect(&backend.path).unwrap();
+            disk.write(0, &[1; 512]).unwrap();
+            // The memory for requests in flight brings it along. Without, every write is made stable.
+            let expected = Op::Write { fua: !(write_back && inflight) };
+            assert_eq!(mem.log.lock().unwrap().last().unwrap().0, expected, "{write_back}, {inflight}");
+        }
+    }
 }
 
 #[test]

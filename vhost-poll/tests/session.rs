@@ -123,9 +123,34 @@ fn memory_comes_and_goes_while_queues_run() {
             assert_eq!(disk.read(u64::from(round), 512).unwrap(), [round; 512]);
         }
         mem.slow.store(0, Ordering::Relaxed);
-        // Without the memory of its rings a queue is stopped, and the back end lives.
-        let table = Vec::from(0u64.to_ne_bytes());
-        assert!(disk.front.send_acked(R::SET_MEM_TABLE, &table, &[]).unwrap());
+        // Without the memory of its rings a queue waits until it is there again. QEMU does that when its main region
+        // changes.
+        let nothing = Vec::from(0u64.to_ne_bytes());
+        let (table, spec) = (disk.ram.table(), disk.ram.table());
+        // Of ADD_MEM_REG and REM_MEM_REG: padding in place of the number of regions.
+        let one = [&[0; 8], &spec[8..]].concat();
+        for round in 0..2u8 {
+            let slot = disk.take(0).unwrap();
+            disk.ram.write(disk.request(0, slot).data, &[90 + round; 512]);
+            let away = match round {
+                0 => disk.front.send_acked(R::SET_MEM_TABLE, &nothing, &[]),
+                _ => disk.front.send_acked(R::REM_MEM_REG, &one, &[]),
+            };
+            assert!(away.unwrap());
+            assert!(disk.submit(0, slot, OUT, 60, 512, true));
+            disk.publish(0);
+            // It was looked at by now.
+            assert!(disk.front.number(R::GET_FEATURES).unwrap() > 0);
+            assert_eq!(disk.poll(0), None);
+            let back = match round {
+                0 => disk.front.send_acked(R::SET_MEM_TABLE, &table, &[disk.ram.fd()]),
+                _ => disk.front.send_acked(R::ADD_MEM_REG, &one, &[disk.ram.fd()]),
+            };
+            assert!(back.unwrap());
+            assert_eq!(disk.wait(0).unwrap().1, 0, "packed {packed}, round {round}");
+            assert_eq!(disk.read(60, 512).unwrap(), [90 + round; 512]);
+        }
+        assert!(disk.front.send_acked(R::SET_MEM_TABLE, &nothing, &[]).unwrap());
         let mut other = Disk::connect(&backend.path, Options::default()).unwrap();
         other.write(0, &[9; 512]).unwrap();
     }

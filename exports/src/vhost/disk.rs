@@ -107,14 +107,15 @@ impl BdevChannel {
     #[inline]
     fn translate(&self, r: &Request<'_>) -> Option<IoRequest> {
         use vhost_poll::Op as V;
+        let when = |condition, flag| if condition { flag } else { Flags::NONE };
         let (op, flags) = match r.op {
             V::Read => (Op::Read, Flags::NONE),
-            V::Write { fua: false } => (Op::Write, Flags::NONE),
-            V::Write { fua: true } => (Op::Write, Flags::FUA),
+            V::Write { fua } => (Op::Write, when(fua, Flags::FUA)),
             V::Flush => (Op::Flush, Flags::NONE),
             V::Discard => (Op::Discard, Flags::NONE),
-            V::WriteZeroes { unmap: true } => (Op::WriteZeroes, Flags::NONE),
-            V::WriteZeroes { unmap: false } => (Op::WriteZeroes, Flags::NO_UNMAP),
+            V::WriteZeroes { unmap, fua } => {
+                (Op::WriteZeroes, when(!unmap, Flags::NO_UNMAP) | when(fua, Flags::FUA))
+            }
         };
         let sectors = r.len >> 9;
         let rest = (1u64 << self.shift) - 1;

@@ -117,6 +117,15 @@ impl Disk {
         Ok(disk)
     }
 
+    /// Negotiates and starts all queues again, after a reset.
+    ///
+    /// # Errors
+    /// As [`Disk::connect`].
+    pub fn resume(&mut self) -> io::Result<()> {
+        self.negotiate()?;
+        self.start()
+    }
+
     /// Connects once more, as a front end does whose back end was restarted: with the same memory, rings and memory for
     /// requests in flight.
     ///
@@ -124,8 +133,7 @@ impl Disk {
     /// As [`Disk::connect`].
     pub fn reconnect(&mut self, path: &Path) -> io::Result<()> {
         self.front = FrontEnd::connect(path)?;
-        self.negotiate()?;
-        self.start()
+        self.resume()
     }
 
     fn negotiate(&mut self) -> io::Result<()> {
@@ -138,13 +146,17 @@ impl Disk {
             }
             features = if wanted { features } else { features & !bit };
         }
-        self.features = features;
         let protocol = self.front.number(R::GET_PROTOCOL_FEATURES)?;
         let wanted =
             (P::MQ | P::REPLY_ACK | P::CONFIG | P::INFLIGHT_SHMFD | P::BACKEND_REQ | P::STATUS).bits();
         self.front.send(R::SET_PROTOCOL_FEATURES, &(protocol & wanted).to_ne_bytes(), &[])?;
         self.front.send(R::SET_OWNER, &[], &[])?;
+        if self.features == 0 {
+            // QEMU reads it once, before it negotiates, and shows its copy to the guest ever after.
+            self.config()?;
+        }
         self.front.send(R::SET_FEATURES, &features.to_ne_bytes(), &[])?;
+        self.features = features;
         if self.options.inflight {
             self.share_inflight()?;
         }
@@ -170,8 +182,7 @@ impl Disk {
 
     fn start(&mut self) -> io::Result<()> {
         for index in 0..self.queues.len() {
-            let base = if self.options.packed { 0x8000_8000 } else { 0 };
-            self.start_queue(index, base)?;
+            self.start_queue(index, self.queues[index].ring.base())?;
         }
         Ok(())
     }

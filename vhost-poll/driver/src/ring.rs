@@ -286,6 +286,16 @@ impl DriverRing {
         Some((id, len))
     }
 
+    /// SET_VRING_BASE of a ring with nothing in flight: what the driver has seen used, the device goes on behind.
+    pub fn base(&self) -> u32 {
+        let place = u32::from(self.used_idx);
+        if !self.packed {
+            return place;
+        }
+        let place = place | u32::from(self.used_wrap) << 15;
+        place | place << 16
+    }
+
     /// Asks for no interrupts.
     pub fn disable_calls(&self) {
         if self.packed {

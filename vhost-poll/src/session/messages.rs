@@ -93,7 +93,7 @@ impl<D: Disk> Session<D> {
             Message::SetConfig { offset, data } => self.set_config(offset, &data),
             Message::SetInflightFd { len, offset, queues, queue_size } => {
                 if let Some(fd) = fds.first() {
-                    self.inflight = Some(InflightArea::open(fd.as_fd(), offset, len, queues, queue_size)?);
+                    self.use_inflight(InflightArea::open(fd.as_fd(), offset, len, queues, queue_size)?);
                 }
             }
         }
@@ -123,13 +123,39 @@ impl<D: Disk> Session<D> {
             return Err(End::Features { got: features, offered });
         }
         self.features = features;
-        // As virtio has it: without a way to flush, there must be nothing to flush.
-        let cached = features & (blk::F_FLUSH | blk::F_CONFIG_WCE) != 0;
-        self.write_back.store(cached, Ordering::Relaxed);
+        self.negotiated = true;
+        self.renew_write_back();
         Ok(())
     }
 
-    fn config(&self, request: u32, offset: u32, size: u32, flags: u32) -> Result<(), End> {
+    /// Virtio 1.2, 5.2.6.2. Without a way to flush there must be nothing to flush, and a driver that can choose is asked.
+    /// What it chose outlives SET_FEATURES, which front ends send at every start, and a reset of the guest, after which QEMU
+    /// still shows it. Unknown (the front end knows it from a former process of this kind, or of another): the safe one.
+    fn renew_write_back(&self) {
+        let has = |feature| self.features & feature != 0;
+        let chosen = !has(blk::F_CONFIG_WCE) || self.driver_write_back == Some(true);
+        self.write_back.store(has(blk::F_FLUSH) && chosen, Ordering::Relaxed);
+    }
+
+    fn driver_chose(&mut self, write_back: bool) {
+        self.driver_write_back = Some(write_back);
+        if let Some(area) = &self.inflight {
+            area.set_write_back(write_back);
+        }
+        self.renew_write_back();
+    }
+
+    /// The memory says what a former process of this kind knew. Two that differ come from a migration.
+    fn use_inflight(&mut self, area: InflightArea) {
+        let before = area.write_back();
+        self.inflight = Some(area);
+        let both = [self.driver_write_back, before];
+        if let Some(write_back) = both.into_iter().flatten().reduce(|a, b| a && b) {
+            self.driver_chose(write_back);
+        }
+    }
+
+    fn config(&mut self, request: u32, offset: u32, size: u32, flags: u32) -> Result<(), End> {
         let (from, len) = (offset as usize, size as usize);
         let mut payload: Vec<u8> = [offset, size, flags].iter().flat_map(|n| n.to_ne_bytes()).collect();
         if from + len > MAX_CONFIG {
@@ -137,16 +163,22 @@ impl<D: Disk> Session<D> {
             return Ok(self.conn.reply(request, &[], None)?);
         }
         let mut space = [0; MAX_CONFIG];
-        let write_back = self.write_back.load(Ordering::Relaxed);
+        // Front ends copy what they read before they negotiate, and show it to their driver from then on.
+        if !self.negotiated && self.driver_write_back.is_none() && (from..from + len).contains(&blk::CONFIG_WCE) {
+            self.driver_write_back = Some(true);
+        }
+        let write_back = self.driver_write_back.unwrap_or(self.write_back.load(Ordering::Relaxed));
         let config = blk::config(&self.shared.info(), self.shared.options.max_queues, write_back);
         space[..config.len()].copy_from_slice(&config);
         payload.extend(&space[from..from + len]);
         Ok(self.conn.reply(request, &payload, None)?)
     }
 
-    fn set_config(&self, offset: u32, data: &[u8]) {
-        if offset as usize == blk::CONFIG_WCE && data.len() == 1 && self.features & blk::F_CONFIG_WCE != 0 {
-            self.write_back.store(data[0] != 0, Ordering::Relaxed);
+    fn set_config(&mut self, offset: u32, data: &[u8]) {
+        // Before the negotiation it is for what will be negotiated.
+        let may_choose = !self.negotiated || self.features & blk::F_CONFIG_WCE != 0;
+        if offset as usize == blk::CONFIG_WCE && data.len() == 1 && may_choose {
+            self.driver_chose(data[0] != 0);
         } else {
             tracing::debug!(session = self.key.id, offset, "vhost: a write to read-only configuration");
         }
@@ -154,7 +186,7 @@ impl<D: Disk> Session<D> {
 
     fn new_inflight(&mut self, request: u32, queues: u16, queue_size: u16) -> Result<(), End> {
         let (area, fd, len) = InflightArea::create(queues, queue_size)?;
-        self.inflight = Some(area);
+        self.use_inflight(area);
         let answer =
             VhostUserInflight { mmap_size: len as u64, mmap_offset: 0, num_queues: queues, queue_size };
         Ok(self.conn.reply(request, answer.as_slice(), Some(fd.as_fd()))?)
@@ -340,7 +372,7 @@ impl<D: Disk> Session<D> {
         if device {
             self.vrings.clear();
             (self.features, self.status, self.inflight) = (0, 0, None);
-            self.write_back.store(true, Ordering::Relaxed);
+            self.renew_write_back();
         }
         self.acknowledge(ack)
     }

@@ -140,7 +140,12 @@ pub(crate) struct Session<D: Disk> {
     memory: Arc<GuestMemory>,
     inflight: Option<InflightArea>,
     backend_req: Option<OwnedFd>,
+    /// Completed writes may be in a cache; queues look at it.
     write_back: Arc<AtomicBool>,
+    /// What the driver was told or has chosen, as far as this process knows.
+    driver_write_back: Option<bool>,
+    /// SET_FEATURES has come.
+    negotiated: bool,
     vrings: Vec<Vring>,
     lanes: Vec<LaneUse>,
     pending: Pending,
@@ -177,7 +182,9 @@ impl<D: Disk> Session<D> {
             memory: Arc::default(),
             inflight: None,
             backend_req: None,
-            write_back: Arc::new(AtomicBool::new(true)),
+            write_back: Arc::default(),
+            driver_write_back: None,
+            negotiated: false,
             vrings: Vec::new(),
             lanes: Vec::new(),
             pending: Pending::Nothing,
