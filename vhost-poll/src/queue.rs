@@ -224,7 +224,10 @@ impl Queue {
         match open_ring(self.config, memory, self.base()) {
             Ok(ring) => (self.ring, self.homeless) = (ring, false),
             Err(why @ Broken::Ring(_)) => {
-                tracing::info!(queue = self.index, "vhost: {why} any more: the queue waits until it is there again");
+                tracing::info!(
+                    queue = self.index,
+                    "vhost: {why} any more: the queue waits until it is there again"
+                );
                 self.homeless = true;
             }
             Err(why) => self.fail(why),

@@ -314,6 +314,44 @@ fn rust_vmms_front_end_gets_through() {
     assert_eq!(front.get_vring_base(0).unwrap(), 0);
 }
 
+/// libblkio's front end shares a file of exactly as many bytes as its rings have, which is no whole number of pages. (Its
+/// packed rings work with nobody: it says that they begin with the wrap counters 0.)
+#[test]
+fn libblkios_front_end_gets_through() {
+    use virtio_driver::{
+        VhostUser, VirtioBlkFeatureFlags as Blk, VirtioBlkQueue, VirtioBlkTransport, VirtioFeatureFlags,
+    };
+    let backend = Backend::start("libblkio", MemDisk::new(1 << 20));
+    let features = VirtioFeatureFlags::VERSION_1.bits() | (Blk::all() - Blk::CONFIG_WCE).bits();
+    let front = VhostUser::new(backend.path.to_str().unwrap(), features).unwrap();
+    let mut front = Box::new(front) as Box<VirtioBlkTransport>;
+    let mut queues = VirtioBlkQueue::<u8>::setup_queues(&mut *front, 2, 64).unwrap();
+    let ram = Ram::new(1 << 20);
+    let data = ram.ptr(ram.guest_base(), 8192);
+    let fd = std::os::fd::AsRawFd::as_raw_fd(&ram.fd());
+    front.map_mem_region(data as usize, ram.len(), fd, 0).unwrap();
+    for (n, queue) in queues.iter_mut().enumerate() {
+        let byte = n as u8 + 1;
+        ram.write(ram.guest_base(), &[byte; 4096]);
+        let mut run = |ask: &mut dyn FnMut(&mut VirtioBlkQueue<'_, u8>)| {
+            ask(queue);
+            front.get_submission_notifier(n).notify().unwrap();
+            let mut done = Vec::new();
+            eventually("it is done", || {
+                done.extend(queue.completions().map(|c| (c.context, c.ret)));
+                !done.is_empty()
+            });
+            assert_eq!(done, [(7, 0)]);
+        };
+        // SAFETY: the memory of `ram`, which outlives the requests; nobody refers to it.
+        run(&mut |q| unsafe { q.write_raw(8192, data, 4096, 7).unwrap() });
+        run(&mut |q| q.flush(7).unwrap());
+        // SAFETY: as above.
+        run(&mut |q| unsafe { q.read_raw(8192, data.add(4096), 4096, 7).unwrap() });
+        assert!(ram.read(ram.guest_base() + 4096, 4096) == [byte; 4096]);
+    }
+}
+
 fn vmm_event() -> vmm_sys_util::eventfd::EventFd {
     vmm_sys_util::eventfd::EventFd::new(0).unwrap()
 }

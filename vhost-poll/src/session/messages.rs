@@ -164,7 +164,10 @@ impl<D: Disk> Session<D> {
         }
         let mut space = [0; MAX_CONFIG];
         // Front ends copy what they read before they negotiate, and show it to their driver from then on.
-        if !self.negotiated && self.driver_write_back.is_none() && (from..from + len).contains(&blk::CONFIG_WCE) {
+        if !self.negotiated
+            && self.driver_write_back.is_none()
+            && (from..from + len).contains(&blk::CONFIG_WCE)
+        {
             self.driver_write_back = Some(true);
         }
         let write_back = self.driver_write_back.unwrap_or(self.write_back.load(Ordering::Relaxed));
