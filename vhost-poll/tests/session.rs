@@ -314,6 +314,23 @@ fn rust_vmms_front_end_gets_through() {
     assert_eq!(front.get_vring_base(0).unwrap(), 0);
 }
 
+/// A front end whose back end was restarted does not ask for the disk's size again, unless it is told to.
+#[test]
+fn a_new_session_is_told_to_read_its_configuration() {
+    use std::io::Read;
+    let backend = Backend::start("new-size", MemDisk::new(1 << 20));
+    let mut disk = Disk::connect(&backend.path, Options::default()).unwrap();
+    let (mut ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+    ours.set_read_timeout(Some(test_support::patience())).unwrap();
+    disk.backend_req = Some(theirs.into());
+    backend.disk.info.lock().unwrap().size = 2 << 20;
+    disk.reconnect(&backend.path).unwrap();
+    let mut message = [0; 12];
+    ours.read_exact(&mut message).unwrap();
+    assert_eq!(message[0], 2, "VHOST_USER_BACKEND_CONFIG_CHANGE_MSG");
+    assert_eq!(disk.sectors().unwrap(), 4096);
+}
+
 /// libblkio's front end shares a file of exactly as many bytes as its rings have, which is no whole number of pages. (Its
 /// packed rings work with nobody: it says that they begin with the wrap counters 0.)
 #[test]

@@ -91,6 +91,8 @@ pub struct Disk {
     pub features: u64,
     queues: Vec<Queue>,
     inflight: Option<(OwnedFd, VhostUserInflight)>,
+    /// The back end's end of its own socket, from the next negotiation on.
+    pub backend_req: Option<OwnedFd>,
     /// Kicks sent.
     pub kicks: u64,
 }
@@ -111,7 +113,8 @@ impl Disk {
         let queues =
             (0..options.queues).map(|_| Queue::new(&mut ram, &options)).collect::<io::Result<_>>()?;
         let front = FrontEnd::connect(path)?;
-        let mut disk = Self { front, ram, options, features: 0, queues, inflight: None, kicks: 0 };
+        let mut disk =
+            Self { front, ram, options, features: 0, queues, inflight: None, backend_req: None, kicks: 0 };
         disk.negotiate()?;
         disk.start()?;
         Ok(disk)
@@ -151,6 +154,9 @@ impl Disk {
             (P::MQ | P::REPLY_ACK | P::CONFIG | P::INFLIGHT_SHMFD | P::BACKEND_REQ | P::STATUS).bits();
         self.front.send(R::SET_PROTOCOL_FEATURES, &(protocol & wanted).to_ne_bytes(), &[])?;
         self.front.send(R::SET_OWNER, &[], &[])?;
+        if let Some(fd) = &self.backend_req {
+            self.front.send(R::SET_BACKEND_REQ_FD, &[], &[fd.as_fd()])?;
+        }
         if self.features == 0 {
             // QEMU reads it once, before it negotiates, and shows its copy to the guest ever after.
             self.config()?;

@@ -313,6 +313,10 @@ impl<D: Disk> Session<D> {
         };
         vring.started(lane, place);
         self.lanes[lane].handle.start::<D>(setup);
+        if !std::mem::replace(&mut self.has_run, true) {
+            // The disk may have changed its size while nobody served this front end, which asks only when it is told.
+            self.config_changed();
+        }
     }
 
     /// The lane on reactor `reactor`, made if it is not there.

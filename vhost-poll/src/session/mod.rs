@@ -146,6 +146,8 @@ pub(crate) struct Session<D: Disk> {
     driver_write_back: Option<bool>,
     /// SET_FEATURES has come.
     negotiated: bool,
+    /// Some queue has been started.
+    has_run: bool,
     vrings: Vec<Vring>,
     lanes: Vec<LaneUse>,
     pending: Pending,
@@ -185,6 +187,7 @@ impl<D: Disk> Session<D> {
             write_back: Arc::default(),
             driver_write_back: None,
             negotiated: false,
+            has_run: false,
             vrings: Vec::new(),
             lanes: Vec::new(),
             pending: Pending::Nothing,
