@@ -248,6 +248,7 @@ impl Drop for Reactor {
         self.pollers.clear();
         self.core.added.clear();
         self.core.locals.clear();
+        self.core.handle.end();
     }
 }
 

@@ -41,6 +41,8 @@ pub(crate) struct Shared {
     pub(crate) sleep: SleepFlag,
     pub(crate) eventfd: OwnedFd,
     pub(crate) stop: AtomicBool,
+    /// The reactor is gone: nobody runs messages any more.
+    ended: AtomicBool,
     /// Spin time in ns, or `POLL_FOREVER`.
     policy: AtomicU64,
     pub(crate) time: TimeStats,
@@ -65,6 +67,7 @@ impl Handle {
             sleep: SleepFlag::new(),
             eventfd,
             stop: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
             policy: AtomicU64::new(0),
             time: TimeStats::default(),
         }));
@@ -82,8 +85,26 @@ impl Handle {
     /// Makes the reactor look at its queues if it sleeps.
     pub fn wake(&self) {
         if self.0.sleep.take_sleeping() {
+            if self.0.ended.load(Ordering::Acquire) {
+                return self.discard();
+            }
             // Nonblocking: EAGAIN means that the counter is already at its end, so the reactor wakes anyway.
             let _ = rustix::io::write(&self.0.eventfd, &1u64.to_ne_bytes());
+        }
+    }
+
+    /// The reactor is gone. Messages that were not run, and later ones, are dropped: most hold a handle, so that they would
+    /// keep the mailbox, and it them.
+    pub(crate) fn end(&self) {
+        self.0.ended.store(true, Ordering::Release);
+        self.discard();
+    }
+
+    /// As a reactor that goes to sleep, but for good: whoever sends finds it sleeping, and looks at the queue itself.
+    fn discard(&self) {
+        self.0.sleep.announce();
+        while let Some(message) = self.0.queue.0.pop() {
+            drop(message);
         }
     }
 

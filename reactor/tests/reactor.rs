@@ -51,6 +51,28 @@ fn messages_run_in_order_and_wake_a_sleeper() {
 }
 
 #[test]
+fn messages_to_a_reactor_that_has_ended_are_dropped() {
+    let held = std::sync::Arc::new(());
+    let (reactor, thread) = spawn(IdlePolicy::Adaptive { spin: Duration::ZERO });
+    let senders: Vec<_> = (0..2)
+        .map(|_| {
+            let (to, held) = (reactor.clone(), held.clone());
+            std::thread::spawn(move || {
+                for _ in 0..10_000 {
+                    // What a message holds is often a handle.
+                    let (held, itself) = (held.clone(), to.clone());
+                    to.send(move |_| drop((held, itself)));
+                }
+            })
+        })
+        .collect();
+    reactor.stop();
+    thread.join().unwrap();
+    senders.into_iter().for_each(|s| s.join().unwrap());
+    assert_eq!(std::sync::Arc::strong_count(&held), 1);
+}
+
+#[test]
 fn adaptive_sleeps_when_idle_and_poll_does_not() {
     let (h, join) = spawn(ADAPTIVE);
     until("sleep", || h.stats().asleep);
