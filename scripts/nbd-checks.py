@@ -4,6 +4,7 @@
 With libnbd, and what no library sends byte by byte (nbd_raw.py)."""
 import contextlib
 import errno
+import faulthandler
 import importlib.util
 import json
 import os
@@ -238,9 +239,9 @@ def block_status():
     # Many questions at once, and requests between them.
     cookies = [h.aio_block_status(512, 512 * i, lambda *_: 0) for i in range(200)]
     assert h.pread(512, 1 << 20) == b"f" * 512
-    while cookies:
+    # The read may have seen all of them come: then there is nothing left to wait for.
+    while cookies := [c for c in cookies if not h.aio_command_completed(c)]:
         h.poll(-1)
-        cookies = [c for c in cookies if not h.aio_command_completed(c)]
     h.shutdown()
     h = ask("disk")
     assert extents(h, SIZE, 0) == [(SIZE, 0)]
@@ -642,6 +643,8 @@ shed = begin_and_stop()
 for test in (handshakes, names, options, refusals, chunks, block_status, extended, old_dialects, injection, allow_lists,
              hostile, loris, raw, large, queue, slow_reader, control, bdev_removed, resize, configuration, idle):
     print(test.__name__, flush=True)
+    # What hangs ends, and says where.
+    faulthandler.dump_traceback_later(limit(600), exit=True)
     test()
 print("stalled", flush=True)
 are_shed(*shed)

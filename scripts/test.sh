@@ -129,12 +129,13 @@ tree_is_clean() { git diff --exit-code HEAD --stat && [[ -z $(git status --porce
 
 # What takes programs that cargo test has built: they have debug assertions and overflow checks.
 use_programs() {
-  stage quick unit scripts/test-unit.py
+  stage quick unit scripts/test-unit.py &
   stage quick nbd scripts/test-nbd.sh build/debug
   stage ci nbd-client scripts/test-nbd-client.sh build/debug
   stage ci spdk-client scripts/test-spdk-client.sh build/debug/rnbd-target
   stage ci native scripts/test-native.sh build/debug 20
   stage long perf scripts/test-perf.sh build/debug
+  wait
 }
 # What builds something else. It keeps the processors busy while the above waits for states.
 build_more() {
