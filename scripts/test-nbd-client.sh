@@ -448,6 +448,47 @@ waits_and_fails() {
   has F state open && copies F "$kit_uri" && unmap F
 }
 
+long_zeroes() { # written for hours, for a client that is gone
+  local pid id
+  kit --filter=nozero --filter=delay null size=8T wdelay=20ms || return
+  map Z "\"uri\": \"$kit_uri\"" || return
+  /usr/bin/python3 - "$(out Z)" <<'PY' &
+import sys, nbd
+h = nbd.NBD()
+h.connect_uri(sys.argv[1])
+h.aio_zero(1 << 31, 0)
+while True:
+    h.poll(-1)
+PY
+  pid=$!
+  wait_for "the zeroing" is_zeroing || return
+  # Others get on, beside it and after it.
+  nbdinfo --size "$(out Z)" >/dev/null && reads Z || return
+  kill -KILL $pid
+  reads Z || { echo "nobody gets on after a client that was killed"; return 1; }
+  /usr/bin/python3 - "$(out Z)" <<'PY' &
+import sys, nbd
+h = nbd.NBD()
+h.connect_uri(sys.argv[1])
+try:
+    h.zero(1 << 31, 0)
+except nbd.Error:
+    sys.exit(0)
+sys.exit("it was zeroed")
+PY
+  pid=$!
+  wait_for "the zeroing" is_zeroing || return
+  id=$(call nbd_server_get_connections | python3 -c 'import json, sys; print(max(c["id"] for c in json.load(sys.stdin)))')
+  call nbd_server_disconnect "{\"id\": $id}" >/dev/null || return
+  wait $pid || return
+  unmap Z
+}
+is_zeroing() { call nbd_server_get_connections | grep -q '"num_other_ops": *[1-9]'; }
+reads() { timeout -k 5 "$hang" /usr/bin/python3 -c 'import sys, nbd
+h = nbd.NBD()
+h.connect_uri(sys.argv[1])
+h.pread(4096, 1 << 40)' "$(out "$1")"; }
+
 follows_the_size() {
   truncate -s ${mib}M disk.img
   file_server || return 1
@@ -574,6 +615,7 @@ here "fio verify while the server is killed three times" survives_kills
 here "fio verify while one of four connections is cut again and again" survives_cuts
 here "fio verify while the server stands still, with and without a timeout" survives_stalls
 here "I/O waits, fails in its time, and goes on" waits_and_fails
+here "zeroes that are written for hours end with their client" long_zeroes
 here "the size follows the server's; a device that is another is refused" follows_the_size
 here "what cannot be is refused" refuses
 here "the configuration is saved, and waits for servers" configuration

@@ -11,7 +11,8 @@
 //! | reset | the backend's abort where it has one; done when all earlier requests are |
 //!
 //! One step of a request is in flight at a time, so the memory is bounded by the slot itself. A reset cuts the
-//! earlier multi-step requests short: they end `Aborted` after their present step.
+//! earlier multi-step requests short, [`IoChannel::cut_short`] those that it is told: they end `Aborted` after their present
+//! step. So does the removal of the bdev, with `Gone`.
 
 use crate::io::{Completions, Flags, IoRequest, Op, Rejected, Segments, Status};
 use crate::iochannel::{IoChannel, PendingReset};
@@ -133,7 +134,7 @@ impl IoChannel {
     #[cold]
     pub(crate) fn step_done(&mut self, slot: u32, status: Status) {
         let s = &mut self.slots[slot as usize];
-        let aborted = s.generation != self.generation;
+        let aborted = s.cut || s.generation != self.generation;
         match s.step {
             Step::Reset => return self.backend_reset_done(slot),
             // Found out at run time, e.g. by a file system: write the zeroes instead.
@@ -171,11 +172,14 @@ impl IoChannel {
         // One round: what meets a full backend again waits for the next poll.
         for _ in 0..self.retry.len() {
             let Some(slot) = self.retry.pop_front() else { break };
-            if self.slots[slot as usize].generation != self.generation {
+            let s = &self.slots[slot as usize];
+            if s.cut || s.generation != self.generation {
                 self.ended.push((slot, Status::Aborted));
-                continue;
+            } else if self.is_removed() {
+                self.ended.push((slot, Status::Gone));
+            } else {
+                self.advance(slot);
             }
-            self.advance(slot);
         }
         // `finish` may end a reset, which lands in `ended` again: hence no iterator.
         while let Some((slot, status)) = self.ended.pop() {

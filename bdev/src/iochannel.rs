@@ -89,6 +89,8 @@ pub(crate) struct Slot {
     pub(crate) op: Op,
     pub(crate) flags: Flags,
     pub(crate) step: Step,
+    /// Ends after its present step.
+    pub(crate) cut: bool,
 }
 
 /// A reset and how many of its predecessors are in flight.
@@ -185,6 +187,14 @@ impl IoChannel {
         done.len() > before
     }
 
+    /// Ends requests of several steps early, those whose cookie `which` picks: they end `Aborted`, after the step that the
+    /// device has now. For requests that nobody waits for any more: zeroing a TiB by writing takes hours.
+    #[cold]
+    pub fn cut_short(&mut self, which: impl Fn(u64) -> bool) {
+        // Places that are free, too: whoever takes one next begins anew.
+        self.slots.iter_mut().filter(|s| which(s.cookie)).for_each(|s| s.cut = true);
+    }
+
     /// Requests taken and not yet completed.
     pub fn inflight(&self) -> usize {
         self.slots.len() - self.free.len()
@@ -206,6 +216,10 @@ impl IoChannel {
     /// As [`Channel::ready`].
     pub fn ready(&self) -> bool {
         !self.ended.is_empty() || self.untried || self.backend.ready()
+    }
+
+    pub(crate) fn is_removed(&self) -> bool {
+        self.open.entry.removed.load(Relaxed)
     }
 
     /// Properties of the bdev.
@@ -297,6 +311,7 @@ impl IoChannel {
             op: r.op,
             flags: r.flags,
             step: Step::Plain,
+            cut: false,
         };
         if let Some(free) = self.free.pop() {
             self.slots[free as usize] = slot;

@@ -79,8 +79,8 @@ struct Bench {
     channel: IoChannel,
     script: Arc<Mutex<Script>>,
     memory: Memory,
-    /// Owner of the zeroes that are written.
-    _manager: Arc<Manager>,
+    /// Owner of the zeroes that are written, and of the bdev.
+    manager: Arc<Manager>,
 }
 
 /// A disk with a write cache, neither FUA nor write-zeroes, that discards 1000 blocks at most.
@@ -106,7 +106,7 @@ fn bench(change: impl Fn(&mut Info)) -> Bench {
     let manager = Manager::new(iobuf::Registry::new());
     manager.register(Arc::new(Fake { info, script: script.clone() })).unwrap();
     let channel = manager.open("alias", Mode::ReadWrite, Box::new(|_| ())).unwrap().channel().unwrap();
-    Bench { channel, script, memory: Memory::scattered(&[512], 0), _manager: manager }
+    Bench { channel, script, memory: Memory::scattered(&[512], 0), manager: manager }
 }
 
 impl Bench {
@@ -229,6 +229,35 @@ fn reset_waits_for_the_present_step_and_cuts_the_rest() {
     assert_eq!(got, [(1, Status::Aborted), (2, Status::Aborted), (3, Status::Ok), (4, Status::Ok)]);
     let seen = &b.script.lock().unwrap().seen;
     assert_eq!(seen.len(), 3, "one piece of zeroes and two writes: {seen:?}");
+}
+
+#[test]
+fn what_nobody_waits_for_is_cut_short() {
+    let mut b = bench(|_| ());
+    b.script.lock().unwrap().hold = true;
+    b.channel.submit(request(Op::WriteZeroes, 0, 10_000).io(1)).unwrap();
+    b.channel.submit(request(Op::WriteZeroes, 0, 3_000).io(2)).unwrap();
+    b.channel.cut_short(|cookie| cookie == 1);
+    // Not those that come later.
+    b.channel.submit(request(Op::WriteZeroes, 0, 3_000).io(1)).unwrap();
+    b.script.lock().unwrap().hold = false;
+    let mut done = Completions::new();
+    while b.channel.inflight() > 0 {
+        b.channel.poll(&mut done);
+    }
+    let mut got: Vec<_> = done.iter().map(|c| (c.cookie, c.status)).collect();
+    got.sort_unstable_by_key(|(c, s)| (*c, *s == Status::Ok));
+    assert_eq!(got, [(1, Status::Aborted), (1, Status::Ok), (2, Status::Ok)]);
+    // A removed bdev gets no further step.
+    b.script.lock().unwrap().hold = true;
+    b.channel.submit(request(Op::WriteZeroes, 0, 10_000).io(3)).unwrap();
+    b.manager.unregister("fake", Box::new(|| ())).unwrap();
+    b.script.lock().unwrap().hold = false;
+    done.clear();
+    while b.channel.inflight() > 0 {
+        b.channel.poll(&mut done);
+    }
+    assert_eq!(done[0].status, Status::Gone);
 }
 
 #[test]

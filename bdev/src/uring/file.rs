@@ -46,6 +46,8 @@ pub(super) struct Able {
 pub(super) struct Wish {
     pub(super) read_only: bool,
     pub(super) direct: bool,
+    /// Space may be given back.
+    pub(super) punch: bool,
     /// Block size the bdev will have, if it was given.
     pub(super) block_size: Option<u32>,
 }
@@ -102,7 +104,7 @@ impl Backing {
         let align = align.filter(|_| direct).unwrap_or(Align { memory: 1, offset: 1 });
         let able = Able {
             zero_range_writes: is_device,
-            punch: AtomicBool::new(!read_only && (is_device || punches(&fd))),
+            punch: AtomicBool::new(!read_only && wish.punch && (is_device || punches(&fd))),
             zero_range: AtomicBool::new(!read_only),
             command_discard: AtomicBool::new(is_device),
         };

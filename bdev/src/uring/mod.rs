@@ -55,7 +55,8 @@ pub struct Params {
     pub uuid: Option<Uuid>,
     /// Open read-only. Files and devices that cannot be written become read-only by themselves.
     pub read_only: bool,
-    /// Offer discard, and write-zeroes by `fallocate`. `bdev_aio_create {fallocate}`; always true for uring.
+    /// Offer discard, and let write-zeroes give space back. `bdev_aio_create {fallocate}`; always true for uring. Without,
+    /// write-zeroes keeps the space allocated; it is `fallocate` in either case.
     pub fallocate: bool,
     /// Bypass the page cache where possible.
     pub direct: bool,
@@ -95,7 +96,12 @@ pub struct Uring {
 /// `System` (the file, its lock, io_uring), `Invalid`, `Exists`.
 pub fn create(manager: &Arc<Manager>, params: Params) -> Result<String, Error> {
     channel::probe()?;
-    let wish = Wish { read_only: params.read_only, direct: params.direct, block_size: None };
+    let wish = Wish {
+        read_only: params.read_only,
+        direct: params.direct,
+        punch: params.fallocate,
+        block_size: None,
+    };
     let block_size = match params.block_size {
         Some(size) => crate::device::check_size(1, size).map(|_| size)?,
         None => default_block_size(&params.filename)?,
@@ -149,7 +155,7 @@ pub fn delete(manager: &Arc<Manager>, name: &str, kind: Kind, on_gone: crate::On
 
 /// SPDK's rule: the device's logical block, or the preferred I/O size of the file.
 fn default_block_size(path: &str) -> Result<u32, Error> {
-    let wish = Wish { read_only: true, direct: false, block_size: None };
+    let wish = Wish { read_only: true, direct: false, punch: false, block_size: None };
     // Read-only and for a moment: this takes no lock that the real open would meet.
     let examined = Backing::open(path, wish)?;
     if examined.is_device {
@@ -181,10 +187,8 @@ fn info(params: &Params, backing: &Backing, block_size: u32) -> Info {
     let mut native = OpSet::of(&[Op::Read, Op::Flush, Op::Reset]);
     let mut discard_granularity = 0;
     if !backing.read_only {
-        native = native.with(Op::Write);
-        if params.fallocate {
-            native = native.with(Op::WriteZeroes);
-        }
+        // Even where nothing is to be freed: the kernel zeroes a range faster than anybody writes zeroes to it.
+        native = native.with(Op::Write).with(Op::WriteZeroes);
         if params.fallocate && backing.discards() {
             native = native.with(Op::Discard);
             discard_granularity = backing.discard_granularity().max(block_size);

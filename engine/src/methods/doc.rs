@@ -12,7 +12,7 @@ const TEXTS: &[MethodText] = &[
     (
         "bdev_aio_create",
         "name",
-        "A bdev on a file or block device, shown as \"AIO disk\". `fallocate` offers discard; `nowait` changes nothing, because io_uring never makes a core wait.",
+        "A bdev on a file or block device, shown as \"AIO disk\". `fallocate` offers discard, and lets write-zeroes give space back; without it write-zeroes keeps the space. Where the file system can do neither, zeroes are written. `nowait` changes nothing, because io_uring never makes a core wait.",
     ),
     ("bdev_aio_delete", "true", "Removes it; answers when its file is closed."),
     ("bdev_aio_rescan", "true", "Asks the file or device for its size and tells those who use the bdev."),

@@ -181,14 +181,17 @@ impl Client {
         }
     }
 
-    /// Holds up others while requests are in flight that nobody waits for any more.
-    pub(super) fn mind_fence(&mut self) {
+    /// Holds up others while requests are in flight that nobody waits for any more. True if that begins: then they are to be
+    /// ended.
+    pub(super) fn mind_fence(&mut self) -> bool {
         let orderly = matches!(self.connection.end(), None | Some(End::Disconnect));
         let stale = !orderly && self.connection.in_flight() > 0;
         if stale != self.raised.is_some() {
             self.raised = stale.then(|| self.fence.raise());
             self.stats.lost.store(stale, Ordering::Relaxed);
+            return stale;
         }
+        false
     }
 
     /// Keeps requests inside a bdev that changes its size.

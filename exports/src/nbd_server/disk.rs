@@ -93,6 +93,11 @@ impl Disk {
         Some((tag, Err(error_code(status))))
     }
 
+    /// Ends what can be ended of a client that waits for nothing any more.
+    pub(super) fn cut_short(&mut self, client: u32) {
+        self.channel.cut_short(|cookie| Tag::of(cookie).client == client);
+    }
+
     /// After completions there may be room for what waited; answers to what was refused.
     pub(super) fn resubmit(&mut self, mut answer: impl FnMut(Tag, ErrorCode)) {
         while let Some(request) = self.waiting.pop_front() {

@@ -175,6 +175,9 @@ impl Lane {
         let Some(place) = self.clients.iter().position(is_it) else { return };
         if let Some(client) = &mut self.clients[place] {
             client.close(cx.now);
+            if let Some(disk) = self.disks[client.disk].as_mut() {
+                disk.cut_short(place as u32);
+            }
         }
         self.heat(place as u32);
     }
@@ -348,7 +351,11 @@ impl Lane {
     fn send_answers(&mut self, cx: &mut Turn<'_>, place: u32) -> bool {
         let Some(client) = self.clients[place as usize].as_mut() else { return false };
         client.connection.send();
-        client.mind_fence();
+        if client.mind_fence()
+            && let Some(disk) = self.disks[client.disk].as_mut()
+        {
+            disk.cut_short(place);
+        }
         if client.ending(cx.now) {
             self.remove(cx, place);
             return false;

@@ -176,6 +176,7 @@ impl RnbdLane {
         let Some(place) = self.devices.iter().position(is_it) else { return closed() };
         if let Some(device) = &mut self.devices[place] {
             device.closing = Some(closed);
+            device.channel.cut_short(|_| true);
         }
         self.let_go(cx, place as u32);
     }
