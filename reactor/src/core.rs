@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{self, Timespec, epoll};
 
+use crate::crowd::Crowd;
 use crate::mailbox::{Handle, IdlePolicy};
 use crate::poller::{Polled, Poller, PollerId};
 use crate::stats::PollerStats;
@@ -17,9 +18,8 @@ use crate::timer::{Action, TimerId, Timers};
 /// Messages run per turn, so that a flood of control work cannot starve the pollers.
 const MESSAGES_PER_TURN: usize = 64;
 
-/// An idle reactor offers its core to others after this long. On a core of its own that costs nothing; on a shared one
-/// the scheduler would otherwise let a kernel worker, perhaps the very one this reactor waits for, wait for whole time
-/// slices.
+/// A reactor that spins offers its core to others after this long without work. On a core of its own that costs nothing; the
+/// scheduler would otherwise let a kernel worker, perhaps the very one this reactor waits for, wait for a time slice.
 const YIELD_AFTER: Duration = Duration::from_micros(5);
 
 /// A reactor could not be set up.
@@ -49,6 +49,7 @@ pub struct Reactor {
     pollers: Vec<Entry>,
     /// When a turn last had work that is a reason to spin.
     last_work: Instant,
+    crowd: Crowd,
 }
 
 struct Entry {
@@ -108,6 +109,7 @@ impl Reactor {
             },
             pollers: Vec::new(),
             last_work: Instant::now(),
+            crowd: Crowd::default(),
         })
     }
 
@@ -133,10 +135,11 @@ impl Reactor {
         self.last_work = turn_began;
         while !shared.stop.load(Ordering::Acquire) {
             let busy = self.turn(turn_began) == Polled::Busy;
-            if !busy {
-                self.idle(turn_began);
-            }
+            let slept = !busy && self.idle(turn_began);
             let now = Instant::now();
+            if !busy && !slept {
+                self.crowd.spun(turn_began, now);
+            }
             shared.time.turn(busy, now.duration_since(turn_began).as_nanos() as u64);
             turn_began = now;
         }
@@ -183,14 +186,19 @@ impl Reactor {
         }
     }
 
-    /// Spins, yields or sleeps, as the policy says.
-    fn idle(&mut self, now: Instant) {
+    /// Spins, yields or sleeps, as the policy says. True: it has slept.
+    fn idle(&mut self, now: Instant) -> bool {
         let idle = now.duration_since(self.last_work);
         match self.core.handle.policy() {
-            IdlePolicy::Adaptive { spin } if idle >= spin => self.sleep(now),
+            IdlePolicy::Adaptive { spin } if idle >= spin || self.crowd.is_there(now) => {
+                self.sleep(now);
+                return true;
+            }
+            // If that takes long, it was the last time: see `Crowd`.
             _ if idle >= YIELD_AFTER => std::thread::yield_now(),
             _ => std::hint::spin_loop(),
         }
+        false
     }
 
     fn sleep(&mut self, now: Instant) {

@@ -8,6 +8,7 @@
 
 mod core;
 mod cpumask;
+mod crowd;
 mod mailbox;
 mod poller;
 mod stats;

@@ -150,14 +150,49 @@ fn work_that_rests_keeps_nobody_awake_and_is_done_in_time() {
             // Not rounded up to the milliseconds of epoll_wait: else it would never come so soon.
             until("work in time", || seen.shortest.load(Relaxed) < 900_000);
         } else {
-            let (before, from) = (h.stats(), seen.times.load(Relaxed));
-            until("more work", || seen.times.load(Relaxed) > from + 500);
-            let after = h.stats();
-            assert_eq!(after.sleeps - before.sleeps, 0, "{} turns", after.turns - before.turns);
+            // It sleeps at times, too, when others want the core.
+            let mut since = (h.stats().sleeps, seen.times.load(Relaxed));
+            until("much work without a sleep", || {
+                let now = (h.stats().sleeps, seen.times.load(Relaxed));
+                since = if now.0 == since.0 { since } else { now };
+                now.1 > since.1 + 20
+            });
         }
         h.stop();
         join.join().unwrap();
     }
+}
+
+/// On a core that others use, too, spinning makes every request wait until they have had their share.
+#[test]
+fn beside_a_busy_neighbour_it_sleeps_whatever_the_policy_spins() {
+    let core = core_affinity::get_core_ids().unwrap()[0];
+    let over = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let neighbour = {
+        let over = over.clone();
+        std::thread::spawn(move || {
+            core_affinity::set_for_current(core);
+            while !over.load(Relaxed) {
+                std::hint::spin_loop();
+            }
+        })
+    };
+    let (tx, rx) = mpsc::channel();
+    let join = std::thread::spawn(move || {
+        let spin = Duration::from_secs(1000);
+        let reactor = Reactor::new("test", Some(core.id), IdlePolicy::Adaptive { spin }).unwrap();
+        tx.send(reactor.handle()).unwrap();
+        reactor.run();
+    });
+    let h = recv(&rx);
+    for _ in 0..5 {
+        ask(&h, |_| ());
+        until("sleep", || h.stats().asleep);
+    }
+    over.store(true, Relaxed);
+    neighbour.join().unwrap();
+    h.stop();
+    join.join().unwrap();
 }
 
 #[test]
