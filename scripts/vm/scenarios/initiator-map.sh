@@ -9,6 +9,16 @@ initiator_config 1 >/run/initiator.json
 start_initiator /run/initiator.json
 check "the bdev is there" irpc bdev_get_bdevs '{"name": "Remote0", "timeout": 150000}'
 
+if [[ $REMOTE == kernel* && $VM_NET == rxe ]]; then
+  # It listens on all addresses, of which the kernel says "not available" to whoever asks for one of them.
+  cat >/run/second.json <<JSON
+{"subsystems": [{"subsystem": "rnbd", "config": [{"method": "rnbd_create_listener", "params": {"traddr": "$(remote_addr 1)"}}]}]}
+JSON
+  on_server "$BIN_DIR/rnbd-target -c /run/second.json -r /run/second.sock" >"$OUT_DIR/second.log" 2>&1 &&
+    fail "a second server on the port"
+  check "a second server on the port is told that another has it" grep -q 'another listener has this port' "$OUT_DIR/second.log"
+fi
+
 zeroes() { cmp -n "$2" "$1" /dev/zero; }
 filled() { ! cmp -s -n "$2" "$1" /dev/zero; }
 drop_caches() { echo 3 >/proc/sys/vm/drop_caches; }

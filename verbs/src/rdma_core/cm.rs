@@ -288,9 +288,20 @@ impl RdmaCm {
     }
 }
 
+/// The kernel says "address not available" of an address that is not there, and also of one whose port somebody has on all
+/// addresses, such as its own rnbd_server (`cma_check_port` in cma.c).
+fn is_taken(error: &io::Error, addr: IpAddr) -> bool {
+    let is_local = || addr.is_unspecified() || std::net::UdpSocket::bind((addr, 0)).is_ok();
+    error.raw_os_error() == Some(libc::EADDRNOTAVAIL) && is_local()
+}
+
 fn no_device_hint(error: &io::Error, addr: IpAddr) -> String {
     match error.raw_os_error() {
-        Some(libc::EADDRINUSE) => "another listener has this address: stop it or choose another port".into(),
+        Some(libc::EADDRINUSE) => {
+            "another listener has this port, perhaps on all addresses, as the kernel's rnbd_server has: stop \
+                                   it or choose another port"
+                .into()
+        }
         Some(libc::ENODEV | libc::EADDRNOTAVAIL) => format!(
             "no RDMA device behind address {addr}: add one (rdma link add rxe0 type rxe netdev <interface>), \
              choose an address that `rdma link` shows a device for, or use the provider soft-roce, which needs none"
@@ -341,6 +352,8 @@ impl Cm for RdmaCm {
 
     fn listen(&mut self, addr: SocketAddr, backlog: u32) -> Result<CmId, Error> {
         let fail = |call: &str, source: io::Error| {
+            let source =
+                if is_taken(&source, addr.ip()) { rustix::io::Errno::ADDRINUSE.into() } else { source };
             let hint = no_device_hint(&source, addr.ip());
             Error { what: format!("{call} {addr}"), source, hint }
         };
