@@ -18,6 +18,12 @@ pub struct CpuMaskError {
 const MAX_CORES: usize = 1024;
 
 impl CpuMask {
+    /// The first core that this thread may run on; core 0 if the system does not say.
+    pub fn first_allowed() -> Self {
+        let allowed = core_affinity::get_core_ids().unwrap_or_default();
+        Self(vec![allowed.iter().map(|c| c.id).min().unwrap_or(0)])
+    }
+
     /// Ascending core numbers, at least one.
     pub fn cores(&self) -> &[usize] {
         &self.0
@@ -97,6 +103,18 @@ fn parse_list(list: &str) -> Result<Vec<usize>, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_default_is_a_core_that_may_be_used() {
+        let cores = core_affinity::get_core_ids().unwrap();
+        let last = *cores.last().unwrap();
+        // As under taskset(1).
+        let chosen = std::thread::spawn(move || {
+            assert!(core_affinity::set_for_current(last));
+            CpuMask::first_allowed()
+        });
+        assert_eq!(chosen.join().unwrap().cores(), [last.id]);
+    }
 
     #[test]
     fn both_forms() {
