@@ -106,7 +106,7 @@ fn bench(change: impl Fn(&mut Info)) -> Bench {
     let manager = Manager::new(iobuf::Registry::new());
     manager.register(Arc::new(Fake { info, script: script.clone() })).unwrap();
     let channel = manager.open("alias", Mode::ReadWrite, Box::new(|_| ())).unwrap().channel().unwrap();
-    Bench { channel, script, memory: Memory::scattered(&[512], 0), manager: manager }
+    Bench { channel, script, memory: Memory::scattered(&[512], 0), manager }
 }
 
 impl Bench {
