@@ -21,7 +21,7 @@ use crate::methods;
 use crate::notify::Notifications;
 use crate::pending::Pending;
 use crate::placement::Placement;
-use crate::shutdown::Shutdown;
+use crate::shutdown::{Ask, Shutdown};
 use crate::startup::Startup;
 use crate::state::StateMap;
 use crate::subsystem::{BdevKind, Subsystem};
@@ -50,6 +50,9 @@ pub struct Options {
     pub log: LogControl,
     /// Run once the configuration has been carried out, when the program is ready.
     pub on_ready: Option<OnReady>,
+    /// A person waits at the terminal, and is told so who keeps the program from ending. `None`: a daemon, which logs it, and
+    /// leaves devices in use to its next run where that is possible.
+    pub on_refusal: Option<fn(&[String])>,
 }
 
 /// See [`Options::on_ready`].
@@ -106,6 +109,7 @@ pub struct App {
     pub(crate) pending: Pending,
     /// Why the program ends with an error.
     pub(crate) failure: Option<Error>,
+    pub(crate) on_refusal: Option<fn(&[String])>,
     state: StateMap,
 }
 
@@ -176,16 +180,16 @@ impl Poller for RpcPoller {
     }
 }
 
-/// SIGINT and SIGTERM, as bytes in a socket pair.
-struct SignalPoller(Rc<RefCell<App>>, std::os::unix::net::UnixStream);
+/// Signals of one meaning, as bytes in a socket pair.
+struct SignalPoller(Rc<RefCell<App>>, Ask, std::os::unix::net::UnixStream);
 
 impl Poller for SignalPoller {
     fn poll(&mut self, cx: &mut Turn<'_>) -> Polled {
         use std::io::Read;
         let mut byte = [0];
-        let got = matches!(self.1.read(&mut byte), Ok(1));
+        let got = matches!(self.2.read(&mut byte), Ok(1));
         if got {
-            self.0.borrow_mut().shutdown(cx);
+            self.0.borrow_mut().end(cx, self.1);
         }
         got.into()
     }
@@ -226,6 +230,7 @@ pub fn run(options: Options, started: impl FnOnce(&Handle)) -> Result<(), Error>
         shutdown: Shutdown::default(),
         pending: Pending::default(),
         failure: None,
+        on_refusal: options.on_refusal,
         state: StateMap::default(),
     }));
     subsystems.iter().for_each(|s| s.prepare(&mut app.borrow_mut()));
@@ -255,20 +260,36 @@ fn prepare_table(
 }
 
 fn add_pollers(cx: &mut Turn<'_>, app: &Rc<RefCell<App>>, server: rpc::Server<App>) -> Result<(), Error> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
     use std::os::fd::{AsFd, AsRawFd};
-    let system = |what| move |e: std::io::Error| Error::System(what, e);
-    let (signals, writer) = std::os::unix::net::UnixStream::pair().map_err(system("signals"))?;
-    signals.set_nonblocking(true).map_err(system("signals"))?;
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        let writer = writer.try_clone().map_err(system("signals"))?;
-        signal_hook::low_level::pipe::register(signal, writer).map_err(system("signals"))?;
-    }
     let watch = |cx: &mut Turn<'_>, fd| cx.watch(fd).map_err(|e| Error::System("epoll", e.into()));
-    watch(cx, signals.as_raw_fd())?;
+    // Started by nohup(1): the loss of the terminal is to be ignored.
+    let hang_up = if is_ignored(SIGHUP) { &[][..] } else { &[SIGHUP] };
+    for (ask, signals) in [(Ask::Once, &[SIGINT, SIGTERM][..]), (Ask::HangUp, hang_up)] {
+        let read = on_signals(signals).map_err(|e| Error::System("signals", e))?;
+        watch(cx, read.as_raw_fd())?;
+        cx.add_poller("signals", Box::new(SignalPoller(app.clone(), ask, read)));
+    }
     watch(cx, server.as_fd().as_raw_fd())?;
     cx.set_local(Rc::new(AppCell(app.clone())));
     cx.add_poller("startup", Box::new(StartupPoller(app.clone())));
     cx.add_poller("rpc", Box::new(RpcPoller(app.clone(), server)));
-    cx.add_poller("signals", Box::new(SignalPoller(app.clone(), signals)));
     Ok(())
+}
+
+/// Source: proc_pid_status(5), SigIgn.
+fn is_ignored(signal: std::ffi::c_int) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|l| u64::from_str_radix(l.strip_prefix("SigIgn:")?.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
+}
+
+/// A socket with a byte for each of `signals` that comes.
+fn on_signals(signals: &[std::ffi::c_int]) -> std::io::Result<std::os::unix::net::UnixStream> {
+    let (read, writer) = std::os::unix::net::UnixStream::pair()?;
+    read.set_nonblocking(true)?;
+    for signal in signals {
+        signal_hook::low_level::pipe::register(*signal, writer.try_clone()?)?;
+    }
+    Ok(read)
 }

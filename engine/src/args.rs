@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use reactor::IdlePolicy;
+use reactor::{CpuMask, IdlePolicy};
 
 use crate::app::{self, Options};
 use crate::log::{Format, LogControl};
@@ -19,8 +19,9 @@ const DEFAULT_SPIN: Duration = Duration::from_micros(1000);
 pub struct Common {
     /// `-c`: configuration file.
     pub config: Option<PathBuf>,
-    /// `-m`: cores of the reactors, as 0x3 or [0,2-3].
-    pub cpumask: String,
+    /// `-m`: cores of the reactors, as 0x3 or [0,2-3]. Without, the first that this process may use: in a container, or under
+    /// taskset(1), that need not be core 0.
+    pub cpumask: Option<String>,
     /// `-r`: JSON-RPC socket.
     pub rpc_socket: PathBuf,
     /// `--wait-for-rpc`.
@@ -50,7 +51,10 @@ impl Common {
             "json" => Format::Json,
             other => return Err(format!("--log-format '{other}': use text or json")),
         };
-        let cpumask = self.cpumask.parse().map_err(|e: reactor::CpuMaskError| e.to_string())?;
+        let cpumask = match self.cpumask {
+            Some(mask) => mask.parse().map_err(|e: reactor::CpuMaskError| e.to_string())?,
+            None => CpuMask::first_allowed(),
+        };
         let config = self.config.map(rpc::Config::load).transpose().map_err(|e| e.to_string())?;
         let log = LogControl::install(&self.log_level, format).map_err(|e| format!("--log-level: {e}"))?;
         let allowed = |list: String| list.split(',').map(|m| m.trim().to_owned()).collect();
@@ -66,6 +70,7 @@ impl Common {
             idle: IdlePolicy::Adaptive { spin: DEFAULT_SPIN },
             log,
             on_ready: None,
+            on_refusal: None,
         })
     }
 }

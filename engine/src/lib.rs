@@ -21,4 +21,5 @@ mod subsystem;
 
 pub use app::{App, Error, Options};
 pub use network::{Network, NoNetwork};
-pub use subsystem::{BdevKind, MethodText, ShutdownDone, Subsystem};
+pub use shutdown::Ask;
+pub use subsystem::{BdevKind, InUse, MethodText, ShutdownDone, Subsystem};

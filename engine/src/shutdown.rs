@@ -14,6 +14,15 @@ const DRAIN_TIME: Duration = Duration::from_secs(10);
 /// How long subsystems may take after that.
 const ABORT_TIME: Duration = Duration::from_secs(2);
 
+/// How the program is asked to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ask {
+    /// By somebody who can ask again: SIGINT, SIGTERM, an RPC.
+    Once,
+    /// The terminal is gone (SIGHUP). That may come more than once, and nobody insists.
+    HangUp,
+}
+
 /// Where shutdown is.
 #[derive(Default)]
 pub(crate) struct Shutdown {
@@ -22,6 +31,8 @@ pub(crate) struct Shutdown {
     left: Vec<Rc<dyn Subsystem>>,
     /// The one that is ending.
     current: Option<Rc<dyn Subsystem>>,
+    /// An end was asked for and refused: whoever asks again insists.
+    refused: bool,
 }
 
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
@@ -33,6 +44,37 @@ enum Phase {
 }
 
 impl App {
+    /// Ends the program, unless that would take a device away from somebody on this host who uses it: then it says who that
+    /// is, and goes on until it is asked again. Asked during the shutdown, gives up waiting for requests in flight.
+    pub fn end(&mut self, cx: &mut Turn<'_>, ask: Ask) {
+        if self.shutting_down() {
+            return if ask == Ask::Once {
+                self.shutdown(cx)
+            };
+        }
+        let subsystems = self.subsystems[..self.startup.initialised].iter();
+        let in_use = subsystems.flat_map(|s| s.in_use(self));
+        let lost: Vec<String> =
+            in_use.filter(|u| !(u.kept && self.keeps_devices())).map(|u| u.text).collect();
+        let insists = ask == Ask::Once && std::mem::replace(&mut self.shutdown.refused, true);
+        if lost.is_empty() || insists {
+            return self.shutdown(cx);
+        }
+        self.shutdown.refused = ask == Ask::Once;
+        match self.on_refusal {
+            Some(tell) => tell(&lost),
+            None => tracing::warn!(
+                "not ended: {}; end that use first, or ask again: then the device goes, and its users get I/O errors",
+                lost.join("; ")
+            ),
+        }
+    }
+
+    /// Devices in use outlive the program where they can, for its next run.
+    pub fn keeps_devices(&self) -> bool {
+        self.on_refusal.is_none()
+    }
+
     /// Begins an orderly shutdown; called again, gives up waiting for requests in flight.
     pub fn shutdown(&mut self, cx: &mut Turn<'_>) {
         match self.shutdown.phase {

@@ -66,12 +66,27 @@ pub trait Subsystem {
         None
     }
 
+    /// Who on this host uses what an end of the program would take away. Asked before an orderly end. Reads what the kernel
+    /// keeps in memory, and waits for nothing.
+    fn in_use(&self, _app: &App) -> Vec<InUse> {
+        Vec::new()
+    }
+
     /// Ends it in order: nothing new is taken on, what is in flight is finished and answered. Completes `done` then,
     /// at once or later. Called only after [`initialise`](Self::initialise).
     fn shutdown(&self, app: &mut App, cx: &mut Turn<'_>, done: ShutdownDone);
 
     /// Gives up what [`shutdown`](Self::shutdown) waits for, which then comes to its end.
     fn abort(&self, _app: &mut App, _cx: &mut Turn<'_>) {}
+}
+
+/// Somebody on this host uses a device of the program.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InUse {
+    /// In words: "/dev/ublkb0 is mounted on /srv".
+    pub text: String,
+    /// The device can outlive the program: its requests wait until the next run takes it over.
+    pub kept: bool,
 }
 
 /// A bdev as the subsystem that made it knows it.

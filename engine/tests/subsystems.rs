@@ -107,6 +107,7 @@ fn start(parts: &'static [&'static str], config: Value, on_ready: fn() -> Option
             idle: IdlePolicy::Adaptive { spin: Duration::from_micros(20) },
             log: LogControl::detached(),
             on_ready: on_ready(),
+            on_refusal: None,
         };
         app::run(options, |control| tx.send(control.clone()).unwrap())
     });

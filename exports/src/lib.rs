@@ -2,6 +2,7 @@
 
 #[cfg(test)]
 mod counting;
+mod host;
 pub mod nbd;
 mod nbd_error;
 pub mod nbd_server;

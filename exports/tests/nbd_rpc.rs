@@ -40,6 +40,7 @@ impl Program {
                 idle: IdlePolicy::Adaptive { spin: Duration::from_micros(100) },
                 log: LogControl::detached(),
                 on_ready: None,
+                on_refusal: None,
             };
             app::run(options, |_| tx.send(()).unwrap())
         };

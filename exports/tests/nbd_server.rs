@@ -45,6 +45,7 @@ impl Program {
                 idle: IdlePolicy::Adaptive { spin: Duration::from_micros(20) },
                 log: LogControl::detached(),
                 on_ready: None,
+                on_refusal: None,
             };
             engine::app::run(options, |control| tx.send(control.clone()).unwrap())
         };

@@ -153,6 +153,7 @@ impl Program {
                 idle: IdlePolicy::Adaptive { spin: Duration::ZERO },
                 log: LogControl::detached(),
                 on_ready: None,
+                on_refusal: None,
             };
             app::run(options, |control| tx.send(control.clone()).unwrap()).unwrap();
         };

@@ -6,7 +6,7 @@ use argh::FromArgs;
 use engine::Options;
 use engine::args::Common;
 
-use crate::direct::{Direct, Export, Spec};
+use crate::direct::{self, Direct, Export, Spec};
 use crate::program::{self, PROGRAM};
 
 /// Brings block devices of RNBD servers to this host: as kernel NBD or ublk devices, or over a socket.
@@ -25,9 +25,9 @@ struct Args {
     #[argh(option, short = 'c', arg_name = "file")]
     config: Option<PathBuf>,
 
-    /// cores of the reactors, as 0x3 or [0,2-3] (default 0x1)
-    #[argh(option, short = 'm', default = "\"0x1\".into()", arg_name = "mask")]
-    cpumask: String,
+    /// cores of the reactors, as 0x3 or [0,2-3] (default: the first that this process may use)
+    #[argh(option, short = 'm', arg_name = "mask")]
+    cpumask: Option<String>,
 
     /// JSON-RPC socket (default /var/tmp/rnbd-initiator.sock; with map /var/tmp/rnbd-initiator-PID.sock)
     #[argh(option, short = 'r', arg_name = "socket")]
@@ -99,7 +99,7 @@ struct Map {
     #[argh(option, arg_name = "device")]
     nbd: Option<String>,
 
-    /// a ublk device: its number, or nothing for the first that is free
+    /// a ublk device: its number, or nothing for the one that a crash left of the same device, else the first that is free
     #[argh(option, arg_name = "number")]
     ublk: Option<String>,
 
@@ -167,6 +167,7 @@ pub fn options() -> Result<(Options, Option<Direct>), String> {
     };
     let mut options = common.options(PROGRAM, program::subsystems())?;
     options.on_ready = direct.clone().map(Direct::on_ready);
+    options.on_refusal = direct.is_some().then_some(direct::refused);
     if let Some(export) = args.single {
         let export = Some(export).filter(|name| !name.is_empty());
         options.on_ready = Some(Box::new(|app, cx| exports::nbd_server::serve_stdin(app, cx, export)));

@@ -78,6 +78,7 @@ impl Target {
                 idle: IdlePolicy::Adaptive { spin: Duration::from_micros(20) },
                 log: LogControl::detached(),
                 on_ready: Some(Box::new(move |app, _| tx.send(app.control.clone()).unwrap())),
+                on_refusal: None,
             };
             app::run(options, |_| ())
         });

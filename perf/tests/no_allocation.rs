@@ -93,6 +93,7 @@ fn run(workload: Workload, time: Duration) -> (u64, RunResult) {
         idle: IdlePolicy::Adaptive { spin: Duration::from_micros(50) },
         log: LogControl::detached(),
         on_ready: Some(start),
+        on_refusal: None,
     };
     app::run(options, |_| ()).unwrap_or_else(|e| panic!("{workload:?}: {e}"));
     let allocations = ALLOCATIONS.load(Ordering::Relaxed) - before;

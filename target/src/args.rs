@@ -21,9 +21,9 @@ struct Args {
     #[argh(option, short = 'c', arg_name = "file")]
     config: Option<PathBuf>,
 
-    /// cores of the reactors, as 0x3 or [0,2-3] (default 0x1)
-    #[argh(option, short = 'm', default = "\"0x1\".into()", arg_name = "mask")]
-    cpumask: String,
+    /// cores of the reactors, as 0x3 or [0,2-3] (default: the first that this process may use)
+    #[argh(option, short = 'm', arg_name = "mask")]
+    cpumask: Option<String>,
 
     /// JSON-RPC socket (default /var/tmp/rnbd-target.sock)
     #[argh(option, short = 'r', default = "\"/var/tmp/rnbd-target.sock\".into()", arg_name = "socket")]

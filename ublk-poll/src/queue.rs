@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use io_uring::{IoUring, opcode, squeue, types};
-use iobuf::Registry;
+use iobuf::{Buffer, Pool, Registry};
 use libublk_rs_sys as sys;
 use rustix::io::Errno;
 use zerocopy::IntoBytes;
@@ -62,6 +62,8 @@ pub struct Queue {
     options: QueueOptions,
     bounds: Bounds,
     dead: usize,
+    /// Of requests that were answered while their owner still had them.
+    lent: Vec<Buffer>,
     /// Tags in state `CopyIn` or `CopyOut`.
     copying: usize,
     unsent: bool,
@@ -100,6 +102,7 @@ impl Queue {
                 max_sectors: max_io >> 9,
             },
             dead: 0,
+            lent: Vec::new(),
             copying: 0,
             unsent: false,
             fault: None,
@@ -157,6 +160,37 @@ impl Queue {
             }
             Err(errno) => self.commit(tag, -errno.raw_os_error()),
         }
+    }
+
+    /// Answers what the owner has, and what waits for memory, with EIO. The owner may still use its memory, which
+    /// [`Queue::lent`] gives away, and calls [`Queue::complete`] for none of it; it will do nothing for later requests but
+    /// answer them.
+    pub fn abandon(&mut self) {
+        let scratch = (!self.options.user_copy)
+            .then(|| {
+                Pool::new(&Registry::default(), self.options.depth.into(), self.options.max_io as usize).ok()
+            })
+            .flatten();
+        self.waiting.clear();
+        for tag in 0..self.options.depth {
+            let t = &mut self.tags[usize::from(tag)];
+            match t.state {
+                State::Owner => {
+                    self.lent.extend(t.buffer.take());
+                    // Without user copy the kernel would write the next request's data into the old one's buffer. With no
+                    // memory left the driver refuses the tag, which is as good now.
+                    t.buffer = scratch.as_ref().and_then(Pool::take);
+                }
+                State::Waiting => {}
+                State::Kernel | State::CopyIn | State::CopyOut | State::Dead => continue,
+            }
+            self.commit(tag, -Errno::IO.raw_os_error());
+        }
+    }
+
+    /// Memory of requests that were answered while their owner still had them: to be kept until the owner is done.
+    pub fn lent(&mut self) -> Vec<Buffer> {
+        std::mem::take(&mut self.lent)
     }
 
     /// Hands answers and copies to the kernel: one io_uring_enter. Once per turn.
@@ -391,10 +425,14 @@ impl Drop for Queue {
                 self.copying -= usize::from(copy);
             }
         }
-        if !self.is_over() && !self.options.user_copy {
-            // The driver copies into the buffers of its FETCHes, and the kernel ends those some time after the ring is
-            // closed. This happens only when the program ends without stopping the device.
-            self.tags.iter_mut().for_each(|t| std::mem::forget(t.buffer.take()));
+        if !self.is_over() {
+            // The device is not stopped: the program leaves it to the kernel, for another run. FETCHes end some time after
+            // the ring is closed, and the driver copies into their buffers until then. They use the registered file, for
+            // whose end `unregister_files` would wait.
+            if !self.options.user_copy {
+                self.tags.iter_mut().for_each(|t| std::mem::forget(t.buffer.take()));
+            }
+            return;
         }
         // Closing a ring lets go of its files some time later; DEL_DEV waits for that.
         let _ = self.ring.submitter().unregister_files();

@@ -119,7 +119,11 @@ const TEXTS: &[MethodText] = &[
     ("notify_get_types", "[type]", "Types of events."),
     ("rpc_get_methods", "[name]", "Methods there are; with `current`, those that may be called now."),
     ("spdk_get_version", "{version, fields}", "Version of this program."),
-    ("spdk_kill_instance", "true", "Sends a signal to this program; SIGINT and SIGTERM end it in order."),
+    (
+        "spdk_kill_instance",
+        "true",
+        "Sends a signal to this program. SIGINT, SIGTERM and SIGHUP end it in order, unless a device is in use that would go with it; SIGINT or SIGTERM once more ends it all the same.",
+    ),
     ("thread_get_io_channels", "{tick_rate, threads}", "Open channels of bdevs by thread."),
     ("thread_get_pollers", "{tick_rate, threads}", "Pollers of every thread with their counts."),
     (

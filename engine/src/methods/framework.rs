@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::{bdev_config, threads};
 use crate::app::App;
+use crate::shutdown::Ask;
 
 pub(super) fn register(t: &mut MethodTable<App>) {
     t.method_without_params("framework_start_init", States::STARTUP, App::start_init);
@@ -99,20 +100,20 @@ const FAREWELL: Duration = Duration::from_millis(10);
 fn kill(app: &mut App, p: Kill, r: Responder) {
     use rustix::process::{Signal as Kernel, getpid, kill_process};
     let signal = match p.sig_name {
-        // What the handler of these two does; not through the kernel, so that it reaches this instance only.
-        Signal::SigInt | Signal::SigTerm => None,
-        Signal::SigQuit => Some(Kernel::QUIT),
-        Signal::SigHup => Some(Kernel::HUP),
-        Signal::SigKill => Some(Kernel::KILL),
-        Signal::SigUsr1 => Some(Kernel::USR1),
+        // What the handler of these does; not through the kernel, so that it reaches this instance only.
+        Signal::SigInt | Signal::SigTerm => Err(Ask::Once),
+        Signal::SigHup => Err(Ask::HangUp),
+        Signal::SigQuit => Ok(Kernel::QUIT),
+        Signal::SigKill => Ok(Kernel::KILL),
+        Signal::SigUsr1 => Ok(Kernel::USR1),
     };
     r.ok(true);
     app.later(move |_, cx| {
         let control = cx.handle().clone();
         cx.after(FAREWELL, move |_| {
             App::send(&control, move |app, cx| match signal {
-                None => app.shutdown(cx),
-                Some(signal) => {
+                Err(ask) => app.end(cx, ask),
+                Ok(signal) => {
                     if let Err(error) = kill_process(getpid(), signal) {
                         tracing::error!(%error, "cannot send the signal that spdk_kill_instance asked for");
                     }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use bdev::Descriptor;
 use engine::App;
@@ -65,6 +66,8 @@ pub(super) struct Disk {
     pub stop_after_start: Vec<Stopped>,
     /// Wait for the end of the stop.
     pub stopped: Vec<Stopped>,
+    /// The stop waits for nobody any more.
+    pub hurry: Arc<AtomicBool>,
     /// What became of the kernel's device, once that is known.
     pub kernel_end: Option<KernelEnd>,
 }
@@ -126,6 +129,15 @@ impl Disk {
         }
     }
 
+    /// The next run of the program can take the device over: its requests wait in the kernel, and its bdev keeps its
+    /// contents.
+    pub(super) fn can_keep(&self) -> bool {
+        self.interface == Interface::Netlink
+            && self.params.dead_conn_timeout_sec > 0
+            && self.claim.is_some()
+            && !self.descriptor.info().volatile
+    }
+
     /// As it is written down.
     pub(super) fn record(&self, kernel_pid: Option<u32>) -> Record {
         Record {
@@ -140,6 +152,11 @@ impl Disk {
 /// "/dev/nbd3"
 pub(super) fn device_name(index: u32) -> String {
     format!("/dev/nbd{index}")
+}
+
+/// "nbd3", as in /sys/block.
+pub(super) fn disk_name(index: u32) -> String {
+    format!("nbd{index}")
 }
 
 /// The state of this subsystem.

@@ -18,13 +18,19 @@ use reactor::{Polled, Poller, PollerId, Turn};
 
 use super::bridge;
 
+/// How long requests in flight may take when the kernel has let go of the device: nobody waits for them any more.
+const GRACE: Duration = Duration::from_secs(1);
+
 /// How often a connection that waits for another one's stale requests looks again.
 const FENCE_RETRY: Duration = Duration::from_millis(1);
+
+/// The cookie of a reset; those of requests are below [`MAX_IN_FLIGHT`].
+const RESET: u64 = u64::MAX;
 
 /// What the lanes of a disk and the control thread share.
 #[derive(Debug, Default)]
 pub(super) struct Shared {
-    /// Lanes take no more requests, finish what they have, and end.
+    /// The kernel sends nothing more: lanes take no more requests, and end.
     pub stop: AtomicBool,
     /// Connections that have broken off while the bdev still works on requests of theirs.
     ///
@@ -72,6 +78,8 @@ struct Lane {
     /// This lane holds up the others.
     fencing: bool,
     ended: Option<Box<dyn FnOnce(Ended) + Send>>,
+    /// Since when the disk is being stopped.
+    stopping: Option<Instant>,
     id: Rc<Cell<Option<PollerId>>>,
     /// Keeps the reactor's pools alive.
     _buffers: Rc<Buffers>,
@@ -122,6 +130,7 @@ pub(super) fn start(cx: &mut Turn<'_>, parts: Parts) -> Result<(), String> {
         then_flush: Box::new([false; MAX_IN_FLIGHT]),
         fencing: false,
         ended: Some(parts.ended),
+        stopping: None,
         id: id.clone(),
         _buffers: buffers,
     };
@@ -211,6 +220,9 @@ impl Lane {
     }
 
     fn finished(&mut self, cookie: u64, status: Status) {
+        if cookie == RESET {
+            return;
+        }
         if std::mem::take(&mut self.then_flush[cookie as usize]) && status == Status::Ok {
             return self.submit(bridge::flush(cookie));
         }
@@ -227,6 +239,8 @@ impl Lane {
         if stale != self.fencing {
             self.fencing = stale;
             if stale {
+                // Nobody waits for them; those who come next do.
+                self.channel.cut_short(|_| true);
                 self.shared.fence.fetch_add(1, Ordering::AcqRel);
             } else {
                 self.shared.fence.fetch_sub(1, Ordering::AcqRel);
@@ -237,26 +251,53 @@ impl Lane {
     /// Ends the lane if there is nothing left to do.
     fn end(&mut self, cx: &mut Turn<'_>) {
         if !self.connection.is_done() {
-            return;
+            return self.leave(cx);
         }
-        let (Some(end), Some(ended)) = (self.connection.end(), self.ended.take()) else { return };
+        let Some(end) = self.connection.end() else { return };
         let orderly = matches!(end, nbd_poll::End::Disconnect);
-        let why = Ended { orderly, why: end.to_string() };
+        let why = end.to_string();
+        self.report(cx, Ended { orderly, why });
         for fd in [Some(self.connection.wait_fd()), self.channel.wait_fd()].into_iter().flatten() {
             cx.unwatch(fd);
         }
-        if let Some(id) = self.id.get() {
+        if let Some(id) = self.id.take() {
             cx.remove_poller(id);
         }
+    }
+
+    /// Says, once, that the disk need not wait for this lane.
+    fn report(&mut self, cx: &mut Turn<'_>, how: Ended) {
         // The poller is dropped after this turn, before any message of a later one.
-        let handle = cx.handle().clone();
-        handle.send(move |_| ended(why));
+        if let Some(ended) = self.ended.take() {
+            cx.handle().clone().send(move |_| ended(how));
+        }
+    }
+
+    /// The disk is stopped, and the bdev still has requests of it: it is told to end what it can, and after a while only the
+    /// lane waits for it.
+    fn leave(&mut self, cx: &mut Turn<'_>) {
+        if self.ended.is_none() || !self.shared.stop.load(Ordering::Acquire) {
+            return;
+        }
+        match self.stopping {
+            None => {
+                self.stopping = Some(cx.now);
+                // Refused if the bdev is gone, which has ended them then.
+                let _ = self.channel.submit(bridge::reset(RESET));
+            }
+            Some(since) if cx.now.duration_since(since) >= GRACE => {
+                let (bdev, requests) = (&self.channel.info().name, self.connection.in_flight());
+                tracing::warn!(bdev, requests, "an NBD disk is stopped although requests have not ended");
+                self.report(cx, Ended { orderly: true, why: "the disk is stopped".into() });
+            }
+            Some(_) => {}
+        }
     }
 }
 
 impl Poller for Lane {
     fn poll(&mut self, cx: &mut Turn<'_>) -> Polled {
-        if self.ended.is_none() {
+        if self.id.get().is_none() {
             return Polled::Idle;
         }
         let mut busy = self.take();
@@ -274,7 +315,8 @@ impl Poller for Lane {
 
     fn deadline(&self) -> Option<Instant> {
         let fence = self.is_fenced().then(|| Instant::now() + FENCE_RETRY);
-        self.channel.deadline().into_iter().chain(fence).min()
+        let grace = self.stopping.filter(|_| self.ended.is_some()).map(|since| since + GRACE);
+        self.channel.deadline().into_iter().chain(fence).chain(grace).min()
     }
 }
 

@@ -34,7 +34,8 @@ pub(super) const TEXTS: &[MethodText] = &[
         "nbd_stop_disk",
         "true",
         "Flushes the device, disconnects it, and answers when it is free again. Refused while it is mounted or in other \
-         exclusive use, unless `force` is set: its users get I/O errors then.",
+         exclusive use, unless `force` is set: its users get I/O errors then, and nothing is waited for, also by a stop that \
+         is under way.",
     ),
 ];
 
@@ -144,6 +145,7 @@ fn stop_disk(app: &mut App, p: StopDisk, r: Responder) {
         let (key, disk) = disks.find(index).ok_or_else(|| no_disk(METHOD, &p.nbd_device))?;
         match disk.phase {
             Phase::Running => Ok(key),
+            Phase::Stopping if p.force => Ok(key),
             Phase::Starting | Phase::Stopping => {
                 let doing = if disk.phase == Phase::Starting { "started" } else { "stopped" };
                 let text = format!("{METHOD}: {} is being {doing}; try again when it is", disk.device());

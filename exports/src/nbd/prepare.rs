@@ -8,8 +8,9 @@ use nbd_poll::kernel::{self, sysfs};
 
 use super::bridge;
 use super::claim::{Claim, ClaimError, claim, judge};
-use super::disk::{Interface, device_name};
+use super::disk::{Interface, device_name, disk_name};
 use super::methods::Control;
+use crate::host;
 
 /// How long a device that was disconnected may take until it is free.
 pub(super) const GONE_TIME: Duration = Duration::from_secs(5);
@@ -68,7 +69,7 @@ impl Refused {
 
     /// EBUSY, with everybody who uses the device.
     pub(super) fn busy_with_users(index: u32) -> Self {
-        let users = sysfs::users(index).join("; ");
+        let users = users(index).join("; ");
         Self::busy(index, if users.is_empty() { "by whom is not to be seen from here".into() } else { users })
     }
 
@@ -138,7 +139,7 @@ fn leftover(wish: &Wish) -> Option<u32> {
 }
 
 fn is_free(index: u32) -> bool {
-    sysfs::state(index).is_some_and(|s| !s.is_made()) && sysfs::users(index).is_empty()
+    sysfs::state(index).is_some_and(|s| !s.is_made()) && users(index).is_empty()
 }
 
 /// What is to be done with device `index`.
@@ -185,7 +186,7 @@ fn plan(wish: &Wish, index: u32, interface: Interface, claim: Option<&Claim>) ->
 
 /// A device that is ours but cannot be recovered is made anew, if nobody would notice.
 fn replace(index: u32, why: &str) -> Result<Plan, Refused> {
-    let users = [sysfs::exclusive_users(index), sysfs::openers(index)].concat().join("; ");
+    let users = uses(index).join("; ");
     if !users.is_empty() {
         return Err(Refused::busy(
             index,
@@ -195,6 +196,16 @@ fn replace(index: u32, why: &str) -> Result<Plan, Refused> {
     tracing::info!(device = device_name(index), why, "a device left over from an earlier run is made anew");
     Netlink::open()?.disconnect(index)?;
     if wait_gone(index) { Ok(Plan::Make) } else { Err(Refused::busy_with_users(index)) }
+}
+
+/// Who uses the device, in words.
+fn uses(index: u32) -> Vec<String> {
+    [host::users(&disk_name(index)), sysfs::openers(index)].concat()
+}
+
+/// Who made the device, and who uses it.
+fn users(index: u32) -> Vec<String> {
+    sysfs::maker(index).into_iter().chain(uses(index)).collect()
 }
 
 /// Waits until the kernel has let go of a device that was disconnected. False: somebody keeps it open.

@@ -99,6 +99,7 @@ fn open(app: &mut App, params: StartDisk, index: Option<u32>) -> Result<(Key, Wi
         resizing: false,
         stop_after_start: Vec::new(),
         stopped: Vec::new(),
+        hurry: Arc::default(),
         kernel_end: None,
     };
     disks.borrow_mut().disks.insert(key, disk);

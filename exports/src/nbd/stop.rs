@@ -1,16 +1,19 @@
 //! From a wish to end a disk to its end.
 
-use std::fs::File;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use engine::App;
 use nbd_poll::kernel::netlink::Netlink;
 use nbd_poll::kernel::{self, ioctl, sysfs};
+use reactor::Handle;
 use rpc::RpcError;
-use std::sync::atomic::Ordering;
 
-use super::disk::{Disk, Interface, KernelEnd, Key, Phase, Stopped, device_name, disks, with};
+use super::disk::{Disk, Interface, KernelEnd, Key, Phase, Stopped, device_name, disk_name, disks, with};
 use super::prepare::wait_gone;
 use super::worker;
+use crate::host;
 
 /// Why a disk ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +28,11 @@ pub(super) enum How {
     Shutdown,
 }
 
+/// How long cached writes may take.
+const SYNC_TIME: Duration = Duration::from_secs(30);
+/// How often the process that writes them back is looked after.
+const SYNC_POLL: Duration = Duration::from_millis(10);
+
 /// What is to be done with the kernel's device.
 struct Job {
     index: u32,
@@ -32,6 +40,7 @@ struct Job {
     how: How,
     /// A later run can take it over.
     can_keep: bool,
+    hurry: Arc<AtomicBool>,
 }
 
 /// Why a disk goes on.
@@ -44,7 +53,11 @@ enum Objection {
 /// Ends a running disk; `stopped` hears of it.
 pub(super) fn stop(app: &mut App, key: Key, how: How, stopped: Stopped) {
     let mut stopped = Some(stopped);
+    let keeps = app.keeps_devices();
     let job = with(app, key, |disk| {
+        if how == How::Force {
+            disk.hurry.store(true, Ordering::Relaxed);
+        }
         match disk.phase {
             Phase::Running => {}
             Phase::Stopping => {
@@ -58,11 +71,9 @@ pub(super) fn stop(app: &mut App, key: Key, how: How, stopped: Stopped) {
         }
         disk.phase = Phase::Stopping;
         disk.stopped.extend(stopped.take());
-        let can_keep = disk.interface == Interface::Netlink
-            && disk.params.dead_conn_timeout_sec > 0
-            && disk.claim.is_some()
-            && !disk.descriptor.info().volatile;
-        Some(Job { index: disk.index?, interface: disk.interface, how, can_keep })
+        let can_keep = keeps && disk.can_keep();
+        let (interface, hurry) = (disk.interface, disk.hurry.clone());
+        Some(Job { index: disk.index?, interface, how, can_keep, hurry })
     });
     let Some(Some(job)) = job else {
         // Not there at all.
@@ -81,7 +92,7 @@ pub(super) fn stop(app: &mut App, key: Key, how: How, stopped: Stopped) {
 
 /// Flushes and disconnects. `None`: disconnected, what becomes of it is to be seen. Blocks.
 fn disconnect(job: &Job) -> Result<Option<KernelEnd>, Objection> {
-    let users = sysfs::exclusive_users(job.index);
+    let users = host::users(&disk_name(job.index));
     if !users.is_empty() && job.how == How::Ask {
         return Err(Objection::Used(users));
     }
@@ -90,12 +101,10 @@ fn disconnect(job: &Job) -> Result<Option<KernelEnd>, Objection> {
         tracing::warn!(device, users = users.join("; "), "in use: kept for the next run of the program");
         return Ok(Some(KernelEnd::Kept));
     }
-    if job.how != How::Removed {
-        // What others have written through the page cache.
-        let flushed = File::open(sysfs::node(job.index)).and_then(|node| node.sync_all());
-        if let Err(error) = flushed {
-            tracing::warn!(device = device_name(job.index), %error, "cannot flush before disconnecting");
-        }
+    if job.how != How::Removed
+        && let Err(why) = write_back(job)
+    {
+        tracing::warn!(device = device_name(job.index), why, "cached writes may be lost");
     }
     let done = match job.interface {
         Interface::Netlink => Netlink::open().and_then(|mut n| n.disconnect(job.index)),
@@ -107,6 +116,34 @@ fn disconnect(job: &Job) -> Result<Option<KernelEnd>, Objection> {
         Err(_) if !sysfs::state(job.index).is_some_and(|s| s.is_made()) => Ok(None),
         Err(e) => Err(Objection::Kernel(e)),
     }
+}
+
+/// Writes back what the host caches for the device, as long as somebody waits for that. Blocks.
+fn write_back(job: &Job) -> Result<(), String> {
+    let mut child = host::sync(&disk_name(job.index)).map_err(|e| format!("cannot run sync: {e}"))?;
+    let since = Instant::now();
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) if status.success() => return Ok(()),
+            Ok(Some(status)) => return Err(format!("sync: {status}")),
+            Err(e) => return Err(format!("sync: {e}")),
+            Ok(None) if job.hurry.load(Ordering::Relaxed) || since.elapsed() >= SYNC_TIME => break,
+            Ok(None) => std::thread::sleep(SYNC_POLL),
+        }
+    }
+    // It ends when the device does.
+    std::thread::spawn(move || child.wait());
+    Err("the device does not take them".into())
+}
+
+/// Fails whatever the kernel waits for on the device, which is then disconnected.
+pub(super) fn cut_off(control: &Handle, index: u32) {
+    let work = move || Netlink::open().and_then(|mut n| n.disconnect(index));
+    worker::run(control, "nbd_cut_off", work, move |_, _, done| {
+        if let Err(error) = done {
+            tracing::warn!(device = device_name(index), %error, "cannot disconnect");
+        }
+    });
 }
 
 /// The disk goes on, and whoever wanted to stop it hears why.

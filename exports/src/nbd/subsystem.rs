@@ -4,14 +4,16 @@ use std::cell::RefCell;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use engine::{App, Error, MethodText, ShutdownDone, Subsystem};
+use engine::{App, Error, InUse, MethodText, ShutdownDone, Subsystem};
 use reactor::Turn;
 use rpc::MethodTable;
 use serde_json::Value;
 
-use super::disk::{Disks, Key, disks};
+use super::disk::{Disk, Disks, Key, Phase, disk_name, disks};
 use super::{claim, methods, stop};
+use crate::host;
 
 /// Subsystem "nbd", as SPDK names it.
 #[derive(Debug)]
@@ -63,8 +65,20 @@ impl Subsystem for Nbd {
         methods::config(app)
     }
 
-    /// Disks that are mounted stay with the kernel, which holds their I/O back for a while, so that the next run of the
-    /// program can take them over. The others are stopped.
+    fn in_use(&self, app: &App) -> Vec<InUse> {
+        let Ok(disks) = disks(app) else { return Vec::new() };
+        let disks = disks.borrow();
+        let running = disks.disks.values().filter(|d| d.phase == Phase::Running);
+        let of = |disk: &Disk| {
+            let kept = disk.can_keep();
+            let users = disk.index.map(|index| host::users(&disk_name(index)));
+            users.into_iter().flatten().map(move |text| InUse { text, kept }).collect::<Vec<_>>()
+        };
+        running.flat_map(of).collect()
+    }
+
+    /// Disks in use stay with the kernel, which holds their I/O back for a while, so that the next run of the program can
+    /// take them over, if the program keeps such. The others are stopped.
     fn shutdown(&self, app: &mut App, _: &mut Turn<'_>, done: ShutdownDone) {
         let Ok(disks) = disks(app) else { return };
         let keys: Vec<Key> = disks.borrow().disks.keys().copied().collect();
@@ -76,12 +90,15 @@ impl Subsystem for Nbd {
         }
     }
 
-    /// Devices whose I/O does not end are left to the kernel, as after a crash.
+    /// Nothing is waited for but the kernel's own end of a device.
     fn abort(&self, app: &mut App, _: &mut Turn<'_>) {
         if let Ok(disks) = disks(app) {
             for disk in disks.borrow_mut().disks.values_mut() {
-                disk.stopped.clear();
-                disk.stop_after_start.clear();
+                disk.hurry.store(true, Ordering::Relaxed);
+                if let (Phase::Starting, Some(index)) = (disk.phase, disk.index) {
+                    // The kernel looks for partitions, and waits for the bdev as long as that waits.
+                    stop::cut_off(&app.control, index);
+                }
             }
         }
     }

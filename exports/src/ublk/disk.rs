@@ -11,6 +11,7 @@ use rpc::{Responder, RpcError};
 use serde_json::{Value, json};
 use ublk_poll::{CharDevice, DeviceFlags, Geometry, QueueOptions};
 
+use super::lane::Orders;
 use super::leftover::Wish;
 
 /// What a disk is doing; each stage but the last waits for one thing.
@@ -18,7 +19,7 @@ use super::leftover::Wish;
 /// ```text
 ///                 ┌─EXIST─▶ Inspecting ─▶ ReadingParams ─▶ Recovering ─┐
 /// start ─▶ Adding ┴─▶ SettingParams ───────────────────────────────────┴▶ Opening ─▶ Queueing ─▶ Starting ─▶ Live
-/// Live ─▶ Syncing ─▶ Stopping ─▶ Draining ─▶ Deleting ─▶ gone         (an earlier failure begins at Stopping)
+/// Live ─▶ Syncing ─▶ Settling ─▶ Stopping ─▶ Draining ─▶ Deleting ─▶ gone (an earlier failure begins at Settling)
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
@@ -42,6 +43,9 @@ pub(super) enum Stage {
     Live,
     /// Cached writes are written back.
     Syncing,
+    /// Requests in flight end, or fail. The kernel waits for them while it stops the disk, and this process could not end
+    /// then.
+    Settling,
     /// The kernel removes the disk; requests in flight end.
     Stopping,
     /// Lanes end.
@@ -55,7 +59,7 @@ impl Stage {
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Live => "live",
-            Self::Syncing | Self::Stopping | Self::Draining | Self::Deleting => "stopping",
+            Self::Syncing | Self::Settling | Self::Stopping | Self::Draining | Self::Deleting => "stopping",
             _ => "starting",
         }
     }
@@ -101,6 +105,7 @@ pub(super) struct Disk {
     /// It has been made, or taken over, by us.
     pub(super) ours: bool,
     pub(super) lanes: Lanes,
+    pub(super) orders: Arc<Orders>,
     /// The process that writes back, while it does.
     pub(super) sync: Option<Child>,
     /// A stop was asked for while it was starting.
@@ -122,11 +127,23 @@ pub(super) struct Lanes {
     pub(super) running: Vec<(usize, PollerId)>,
     /// Those that have not said yet whether they run.
     pub(super) unanswered: usize,
+    /// Those that answer every request with an error, or have ended.
+    pub(super) failing: usize,
     /// Those that have ended.
     pub(super) ended: usize,
 }
 
 impl Lanes {
+    /// The kernel waits for none of them.
+    pub(super) fn are_settled(&self) -> bool {
+        self.unanswered == 0 && self.failing == self.running.len()
+    }
+
+    /// Makes those that sleep look at their orders.
+    pub(super) fn wake(&self) {
+        self.places.iter().for_each(|place| place.reactor().send(|_| ()));
+    }
+
     /// Nothing of it is left on any reactor.
     pub(super) fn are_gone(&self) -> bool {
         self.unanswered == 0 && self.ended == self.running.len()

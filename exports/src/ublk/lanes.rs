@@ -32,6 +32,7 @@ impl Target {
                 options: disk.queue_options(queue),
                 control: control.clone(),
                 run,
+                orders: disk.orders.clone(),
             };
             place.reactor().send(move |cx| {
                 let started = lane::start(cx, spec);
@@ -65,11 +66,15 @@ impl Target {
             disk.cancelled.then(|| Failure::new(Errno::CANCELED, format!("ublk disk {id} was stopped")));
         match disk.failure.take().or(cancelled) {
             Some(failure) => self.fail(cx, id, failure),
-            None => {
-                let command = if disk.recovering { Command::EndRecovery } else { Command::Start };
-                self.enter(cx, id, Stage::Starting, command);
-            }
+            None => self.start_device(cx, id),
         }
+    }
+
+    /// A lane keeps the kernel waiting for nothing any more.
+    pub(super) fn lane_fails(&mut self, cx: &mut Turn<'_>, id: u32, run: u64) {
+        let Some(disk) = self.disks.get_mut(&id).filter(|d| d.run == run) else { return };
+        disk.lanes.failing += 1;
+        self.check_settled(cx, id);
     }
 
     /// A lane is gone: because of a stop, or because somebody else stopped the device.

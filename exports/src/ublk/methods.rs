@@ -39,7 +39,8 @@ pub(super) const TEXTS: &[MethodText] = &[
     (
         "ublk_start_disk",
         "the number of the disk",
-        "Makes a bdev /dev/ublkbN, N = `ublk_id`. `queue_depth` is of each queue, 1 to 4096; queues are spread over the \
+        "Makes a bdev /dev/ublkbN, N = `ublk_id`; without it, the disk that a crash of the program left of the same bdev, or \
+         else the first number that is free. `queue_depth` is of each queue, 1 to 4096; queues are spread over the \
          reactors, and the kernel makes no more of them than there are CPUs. `read_only`: the disk refuses writes. A \
          disk of the same number and bdev that a crash of the program left is taken over, with the requests that wait \
          in the kernel.",
@@ -54,7 +55,9 @@ pub(super) const TEXTS: &[MethodText] = &[
         "ublk_stop_disk",
         "true",
         "Writes back what the host caches for the disk, lets its requests in flight end, and answers once the kernel has \
-         deleted it. Unmount it before. Also removes a disk that a crash of the program left.",
+         deleted it. Requests that have not ended after 5 seconds, because a server is away or a disk does not answer, \
+         fail. Refused (-EBUSY) while the disk is mounted, swap space, or part of another device. `force`: stops it all the \
+         same, and at once; its users get I/O errors. Also removes a disk that a crash of the program left.",
     ),
     (
         "ublk_get_disks",
@@ -86,7 +89,7 @@ fn create_target(app: &mut App, p: CreateTarget, r: Responder) {
 #[serde(deny_unknown_fields)]
 struct StartDisk {
     bdev_name: String,
-    ublk_id: u32,
+    ublk_id: Option<u32>,
     #[serde(default = "queue_depth")]
     queue_depth: u32,
     #[serde(default = "num_queues")]
@@ -104,9 +107,13 @@ fn num_queues() -> u32 {
 }
 
 fn start_disk(app: &mut App, p: StartDisk, r: Responder) {
+    let chosen = p.ublk_id.is_some();
     match spec("ublk_start_disk", p) {
         Err(e) => r.err(e),
-        Ok(spec) => Target::send(&app.control, move |target, cx| target.start(cx, spec, Wish::Start, r)),
+        Ok(spec) => Target::send(&app.control, move |target, cx| match chosen {
+            true => target.start(cx, spec, Wish::Start, r),
+            false => target.start_any(cx, spec, r),
+        }),
     }
 }
 
@@ -115,14 +122,15 @@ fn spec(method: &str, p: StartDisk) -> Result<DiskSpec, RpcError> {
         Ok(n) if (1..=most).contains(&n) => Ok(n),
         _ => Err(invalid(method, param, format!("{param} {value}: 1 to {most} is right"))),
     };
-    if p.ublk_id > MAX_ID {
-        let text = format!("ublk_id {}: 0 to {MAX_ID} is right", p.ublk_id);
+    let id = p.ublk_id.unwrap_or_default();
+    if id > MAX_ID {
+        let text = format!("ublk_id {id}: 0 to {MAX_ID} is right");
         return Err(invalid(method, "ublk_id", text));
     }
     Ok(DiskSpec {
         queue_depth: range("queue_depth", p.queue_depth, ublk_poll::MAX_QUEUE_DEPTH)?,
         num_queues: range("num_queues", p.num_queues, ublk_poll::MAX_QUEUES)?,
-        id: p.ublk_id,
+        id,
         bdev_name: p.bdev_name,
         read_only: p.read_only,
     })
@@ -138,7 +146,7 @@ struct RecoverDisk {
 fn recover_disk(app: &mut App, p: RecoverDisk, r: Responder) {
     let start = StartDisk {
         bdev_name: p.bdev_name,
-        ublk_id: p.ublk_id,
+        ublk_id: Some(p.ublk_id),
         queue_depth: QUEUE_DEPTH,
         num_queues: NUM_QUEUES,
         read_only: false,
@@ -153,10 +161,12 @@ fn recover_disk(app: &mut App, p: RecoverDisk, r: Responder) {
 #[serde(deny_unknown_fields)]
 struct StopDisk {
     ublk_id: u32,
+    #[serde(default)]
+    force: bool,
 }
 
 fn stop_disk(app: &mut App, p: StopDisk, r: Responder) {
-    Target::send(&app.control, move |target, cx| target.stop_disk(cx, p.ublk_id, r));
+    Target::send(&app.control, move |target, cx| target.stop_disk(cx, p.ublk_id, p.force, r));
 }
 
 #[derive(Deserialize)]

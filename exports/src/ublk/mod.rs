@@ -22,7 +22,7 @@ mod recover;
 mod start;
 mod stop;
 mod subsystem;
-mod sync;
+mod survey;
 mod target;
 
 pub use subsystem::Ublk;

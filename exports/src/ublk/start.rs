@@ -1,5 +1,6 @@
 //! The first half of a disk's life: from the call to I/O.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bdev::{Event, Mode};
@@ -15,6 +16,9 @@ use super::target::{Target, no_target};
 
 /// Between two tries of something that the kernel is not ready for.
 const RETRY: Duration = Duration::from_millis(20);
+/// How long the kernel may look for partitions. It holds the device meanwhile: a program that is killed then leaves a device
+/// that nobody can use or remove until the host is restarted (seen with Linux 6.12).
+const START_TIME: Duration = Duration::from_secs(10);
 /// `UBLK_MAX_UBLKS` in ublk_drv.c.
 pub(super) const MAX_ID: u32 = (1 << 20) - 1;
 
@@ -79,6 +83,7 @@ impl Target {
             recovering: false,
             ours: false,
             lanes: Lanes::default(),
+            orders: Arc::default(),
             sync: None,
             cancelled: false,
             failure: None,
@@ -124,6 +129,7 @@ impl Target {
         // Adding and recovering change whose the device is, so a stop is noticed after those.
         disk.ours |= result.is_ok() && matches!(stage, Stage::Adding | Stage::Recovering);
         let started = stage == Stage::Starting && result.is_ok();
+        let late = disk.failure.take().filter(|_| started);
         if disk.cancelled && !started {
             return self.fail(cx, id, Failure::new(Errno::CANCELED, format!("ublk disk {id} was stopped")));
         }
@@ -138,7 +144,10 @@ impl Target {
                 self.retry(cx, id, stage, Command::StartRecovery);
             }
             (Stage::SettingParams | Stage::Recovering, Ok(_)) => self.open_device(cx, id),
-            (Stage::Starting, Ok(_)) => self.live(cx, id),
+            (Stage::Starting, Ok(_)) => match late {
+                Some(failure) => self.fail(cx, id, failure),
+                None => self.live(cx, id),
+            },
             (_, result) => {
                 let errno = result.err().unwrap_or(Errno::PROTO);
                 self.fail(cx, id, refusal(id, stage, errno));
@@ -191,6 +200,30 @@ impl Target {
         self.open_device(cx, id);
     }
 
+    /// The kernel is told to start the disk, or to let its requests flow again.
+    pub(super) fn start_device(&mut self, cx: &mut Turn<'_>, id: u32) {
+        let Some(disk) = self.disks.get_mut(&id) else { return };
+        if disk.recovering {
+            return self.enter(cx, id, Stage::Starting, Command::EndRecovery);
+        }
+        let run = disk.run;
+        self.enter(cx, id, Stage::Starting, Command::Start);
+        cx.after(START_TIME, move |cx| Self::with(cx, |target, _| target.start_late(id, run)));
+    }
+
+    fn start_late(&mut self, id: u32, run: u64) {
+        if !self.is_in(id, run, Stage::Starting) {
+            return;
+        }
+        let Some(disk) = self.disks.get_mut(&id) else { return };
+        let bdev = &disk.spec.bdev_name;
+        let text =
+            format!("bdev {bdev} has not answered for {} s, when the kernel read it", START_TIME.as_secs());
+        disk.failure.get_or_insert(Failure::new(Errno::TIMEDOUT, text));
+        disk.orders.fail();
+        disk.lanes.wake();
+    }
+
     fn live(&mut self, cx: &mut Turn<'_>, id: u32) {
         let Some(disk) = self.disks.get_mut(&id) else { return };
         disk.stage = Stage::Live;
@@ -224,7 +257,8 @@ impl Target {
             return self.abandon(cx, id);
         }
         if disk.ours {
-            return self.enter(cx, id, Stage::Stopping, Command::Stop);
+            disk.orders.fail();
+            return self.settle(cx, id);
         }
         self.gone(cx, id);
     }

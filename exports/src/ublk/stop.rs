@@ -3,16 +3,17 @@
 use std::time::{Duration, Instant};
 
 use bdev::Mode;
+use engine::InUse;
 use reactor::Turn;
 use rpc::Responder;
 use rustix::io::Errno;
 use ublk_poll::{Command, DevState, Reply};
 
 use super::bridge;
-use super::disk::{Failure, SYNC_TIME, Stage};
+use super::disk::{Disk, Failure, SYNC_TIME, Stage};
 use super::leftover;
-use super::sync;
-use super::target::{Owner, Target, no_disk, no_target};
+use super::target::{Owner, Target, disk_name, no_disk, no_target};
+use crate::host;
 
 /// How often a process that writes back is looked after.
 const SYNC_POLL: Duration = Duration::from_millis(10);
@@ -30,17 +31,27 @@ enum RemovalStage {
     Deleting,
 }
 
+/// The next run of the program can take it over: its requests wait in the kernel, and its bdev keeps its contents.
+fn can_keep(disk: &Disk) -> bool {
+    disk.stage == Stage::Live && disk.flags.recovery && !disk.descriptor.info().volatile
+}
+
 impl Target {
     /// `ublk_stop_disk`: answers once the kernel has deleted the device.
-    pub(super) fn stop_disk(&mut self, cx: &mut Turn<'_>, id: u32, responder: Responder) {
-        if self.disks.contains_key(&id) {
+    pub(super) fn stop_disk(&mut self, cx: &mut Turn<'_>, id: u32, force: bool, responder: Responder) {
+        if let Some(disk) = self.disks.get_mut(&id) {
+            if force {
+                disk.orders.fail();
+                disk.lanes.wake();
+                return self.stop(cx, id, Some(responder));
+            }
             // The kernel would fail their writes, and not delete the disk before they let go of it.
-            return match sync::users(id).first() {
+            return match host::users(&disk_name(id)).first() {
                 Some(user) => {
-                    let failure = Failure::new(Errno::BUSY, format!("/dev/ublkb{id} {user}"));
-                    let error = failure
-                        .to_rpc(responder.method(), id)
-                        .hint("unmount it, and remove devices made of it");
+                    let failure = Failure::new(Errno::BUSY, user.as_str());
+                    let hint =
+                        "unmount it, and remove devices made of it; with force its users get I/O errors";
+                    let error = failure.to_rpc(responder.method(), id).hint(hint);
                     responder.err(error);
                 }
                 None => self.stop(cx, id, Some(responder)),
@@ -69,20 +80,61 @@ impl Target {
             Stage::Live if !disk.descriptor.is_removed() && disk.descriptor.mode() == Mode::ReadWrite => {
                 self.start_sync(cx, id);
             }
-            Stage::Live => self.enter(cx, id, Stage::Stopping, Command::Stop),
+            Stage::Live => self.settle(cx, id),
             stage if stage.is_ending() => {}
             // Noticed when the present stage ends.
-            _ => disk.cancelled = true,
+            stage => {
+                disk.cancelled = true;
+                if stage == Stage::Starting && !disk.recovering {
+                    // The kernel looks for partitions, and would wait for the bdev as long as that waits.
+                    disk.orders.fail();
+                    disk.lanes.wake();
+                }
+            }
+        }
+    }
+
+    /// Ends, or fails, what is in flight; then the kernel is told to stop the disk.
+    pub(super) fn settle(&mut self, cx: &mut Turn<'_>, id: u32) {
+        let Some(disk) = self.disks.get_mut(&id) else { return };
+        disk.stage = Stage::Settling;
+        disk.since = Instant::now();
+        disk.orders.finish();
+        disk.lanes.wake();
+        self.check_settled(cx, id);
+    }
+
+    pub(super) fn check_settled(&mut self, cx: &mut Turn<'_>, id: u32) {
+        let settled = |d: &Disk| d.stage == Stage::Settling && d.lanes.are_settled();
+        if self.disks.get(&id).is_some_and(settled) {
+            self.enter(cx, id, Stage::Stopping, Command::Stop);
+        }
+    }
+
+    /// The program will wait for nothing: whoever uses a disk sees errors.
+    pub(super) fn give_up(&mut self, cx: &mut Turn<'_>) {
+        let syncing = |d: &&Disk| d.stage == Stage::Syncing;
+        let syncing: Vec<u32> = self.disks.values().filter(syncing).map(|d| d.spec.id).collect();
+        for disk in self.disks.values_mut().filter(|d| !d.recovering || d.stage.is_ending()) {
+            disk.orders.fail();
+            disk.lanes.wake();
+        }
+        for id in syncing {
+            tracing::warn!("stopping /dev/ublkb{id} although cached writes are not on its bdev yet");
+            if let Some(disk) = self.disks.get_mut(&id) {
+                self.orphans.extend(disk.sync.take());
+            }
+            self.settle(cx, id);
         }
     }
 
     fn start_sync(&mut self, cx: &mut Turn<'_>, id: u32) {
-        for user in sync::users(id) {
-            tracing::warn!("/dev/ublkb{id} {user}, and is stopped: its users will see errors");
+        for user in host::users(&disk_name(id)) {
+            tracing::warn!("{user}, and is stopped: its users will see errors");
         }
         let Some(disk) = self.disks.get_mut(&id) else { return };
         self.orphans.retain_mut(|child| matches!(child.try_wait(), Ok(None)));
-        match sync::start(id) {
+        match host::sync(&disk_name(id)) {
             Ok(child) => {
                 disk.stage = Stage::Syncing;
                 disk.since = Instant::now();
@@ -91,7 +143,7 @@ impl Target {
             }
             Err(e) => {
                 tracing::warn!("cached writes of /dev/ublkb{id} are lost: cannot run sync: {e}");
-                self.enter(cx, id, Stage::Stopping, Command::Stop);
+                self.settle(cx, id);
             }
         }
     }
@@ -114,7 +166,7 @@ impl Target {
             Ok(Some(status)) => tracing::warn!("cached writes of /dev/ublkb{id} may be lost: sync: {status}"),
             Err(e) => tracing::warn!("cached writes of /dev/ublkb{id} may be lost: sync: {e}"),
         }
-        self.enter(cx, id, Stage::Stopping, Command::Stop);
+        self.settle(cx, id);
     }
 
     pub(super) fn stop_step(
@@ -164,7 +216,7 @@ impl Target {
         if let (Some(starter), Some(failure)) = (starter, failure) {
             let error = failure.to_rpc(starter.method(), id);
             starter.err(error);
-        } else {
+        } else if !left {
             tracing::info!("/dev/ublkb{id} is gone");
         }
         for stopper in stoppers {
@@ -180,6 +232,30 @@ impl Target {
             }
         }
         self.check_empty(cx);
+    }
+
+    /// Disks that somebody on this host uses.
+    pub(super) fn in_use(&self) -> Vec<InUse> {
+        let disks = self.disks.values().filter(|d| !d.stage.is_ending());
+        let users = disks.flat_map(|d| {
+            let kept = can_keep(d);
+            host::users(&disk_name(d.spec.id)).into_iter().map(move |text| InUse { text, kept })
+        });
+        users.collect()
+    }
+
+    /// Lets go of disks in use without a word to the kernel, which keeps them, and holds their requests, until the next run
+    /// takes them over, as after a crash.
+    pub(super) fn keep_used(&mut self, cx: &mut Turn<'_>) {
+        let candidates: Vec<u32> = self.disks.values().filter(|d| can_keep(d)).map(|d| d.spec.id).collect();
+        for id in candidates {
+            let users = host::users(&disk_name(id));
+            let Some(disk) = self.disks.get_mut(&id).filter(|_| !users.is_empty()) else { continue };
+            tracing::warn!("{}: kept for the next run of the program", users.join("; "));
+            disk.recovering = true;
+            disk.failure = Some(Failure::new(Errno::CANCELED, "the program has ended"));
+            self.abandon(cx, id);
+        }
     }
 
     /// Tells the kernel of a new size, if it can be told.

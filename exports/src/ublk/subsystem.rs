@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use engine::{App, Error, MethodText, ShutdownDone, Subsystem};
+use engine::{App, Error, InUse, MethodText, ShutdownDone, Subsystem};
 use reactor::Turn;
 use rpc::{MethodTable, RpcError};
 use serde_json::Value;
@@ -50,17 +50,25 @@ impl Subsystem for Ublk {
         target(app).map(|t| t.borrow().config()).unwrap_or_default()
     }
 
-    /// Stops every disk: who wants them to outlive the program must kill it.
+    fn in_use(&self, app: &App) -> Vec<InUse> {
+        target(app).map(|t| t.borrow().in_use()).unwrap_or_default()
+    }
+
+    /// Stops every disk, but for those in use that the next run can take over, if the program keeps such.
     fn shutdown(&self, app: &mut App, cx: &mut Turn<'_>, done: ShutdownDone) {
         if let Ok(target) = target(app) {
-            target.borrow_mut().drain(cx, Box::new(|_, _| done.complete()));
+            let mut target = target.borrow_mut();
+            if app.keeps_devices() {
+                target.keep_used(cx);
+            }
+            target.drain(cx, Box::new(|_, _| done.complete()));
         }
     }
 
-    /// Disks that do not stop are left to the kernel, which keeps them for a later run.
-    fn abort(&self, app: &mut App, _: &mut Turn<'_>) {
+    /// What is in flight fails, so that the kernel lets go of the disks, and of this process.
+    fn abort(&self, app: &mut App, cx: &mut Turn<'_>) {
         if let Ok(target) = target(app) {
-            target.borrow_mut().draining.clear();
+            target.borrow_mut().give_up(cx);
         }
     }
 }

@@ -20,6 +20,7 @@ use ublk_poll::{Command, Control, Done, Features, Reply};
 
 use super::disk::{Disk, Failure, Stage};
 use super::stop::Removal;
+use super::survey::Survey;
 
 /// State of the subsystem.
 pub(super) struct Target {
@@ -31,6 +32,8 @@ pub(super) struct Target {
     pub(super) driver: Option<Driver>,
     pub(super) disks: BTreeMap<u32, Disk>,
     pub(super) removals: BTreeMap<u32, Removal>,
+    /// Disks for which a number is looked for.
+    pub(super) surveys: BTreeMap<u64, Survey>,
     /// Processes that write back for disks that did not wait for them.
     pub(super) orphans: Vec<Child>,
     commands: HashMap<u64, Owner>,
@@ -60,6 +63,7 @@ pub(super) enum Owner {
     Features,
     Disk { id: u32, run: u64 },
     Resize { id: u32 },
+    Survey { number: u64, id: u32 },
     Removal { id: u32 },
 }
 
@@ -95,6 +99,7 @@ impl Target {
             driver: None,
             disks: BTreeMap::new(),
             removals: BTreeMap::new(),
+            surveys: BTreeMap::new(),
             orphans: Vec::new(),
             commands: HashMap::new(),
             last_command: 0,
@@ -290,6 +295,7 @@ impl Target {
                 }
             }
             Some(Owner::Resize { id }) => self.resize_ended(id, result),
+            Some(Owner::Survey { number, id }) => self.surveyed(cx, number, id, result),
             Some(Owner::Removal { id }) => self.removal_step(cx, id, result),
             None => {}
         }
@@ -325,6 +331,11 @@ impl Target {
         let disks = self.disks.values().filter(|d| !d.stage.is_ending()).map(Disk::call);
         std::iter::once(create).chain(disks).collect()
     }
+}
+
+/// The name of disk `id` in /dev and /sys/block.
+pub(super) fn disk_name(id: u32) -> String {
+    format!("ublkb{id}")
 }
 
 /// There is no ublk target.

@@ -1,7 +1,5 @@
 //! How the mapped device is used on this host: the calls that make it so, and what the user then works with.
 
-use std::path::Path;
-
 use serde_json::{Value, json};
 
 /// One of the ways.
@@ -9,7 +7,7 @@ use serde_json::{Value, json};
 pub enum Export {
     /// A kernel NBD device.
     Nbd(String),
-    /// A ublk device; without a number the first that is free.
+    /// A ublk device; without a number what an earlier run left of the device, or else the first that is free.
     Ublk(Option<u32>),
     /// A vhost-user-blk socket.
     Vhost(String),
@@ -42,11 +40,11 @@ impl Export {
                 vec![("nbd_start_disk", json!({"bdev_name": bdev, "nbd_device": device}))]
             }
             Self::Ublk(number) => {
-                let id = number.unwrap_or_else(|| free_ublk(Path::new("/dev")));
-                vec![
-                    ("ublk_create_target", json!({})),
-                    ("ublk_start_disk", json!({"bdev_name": bdev, "ublk_id": id})),
-                ]
+                let mut disk = json!({"bdev_name": bdev});
+                if let Some(id) = number {
+                    disk["ublk_id"] = (*id).into();
+                }
+                vec![("ublk_create_target", json!({})), ("ublk_start_disk", disk)]
             }
             Self::Vhost(path) => {
                 vec![("vhost_create_blk_controller", json!({"ctrlr": absolute(path), "dev_name": bdev}))]
@@ -77,11 +75,6 @@ fn absolute(path: &str) -> String {
     std::path::absolute(path).map_or_else(|_| path.to_owned(), |p| p.to_string_lossy().into_owned())
 }
 
-/// The first number without a ublk device. Somebody else may take it before we do, and is then refused to us.
-fn free_ublk(dev: &Path) -> u32 {
-    (0..).find(|n| !dev.join(format!("ublkc{n}")).exists()).unwrap_or(0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -98,14 +91,8 @@ mod tests {
 
     #[test]
     fn ublk_numbers() {
-        let dir = std::env::temp_dir().join(format!("rnbd-ublk-{}", std::process::id()));
-        std::fs::create_dir(&dir).unwrap();
-        assert_eq!(free_ublk(&dir), 0);
-        std::fs::write(dir.join("ublkc0"), "").unwrap();
-        std::fs::write(dir.join("ublkc2"), "").unwrap();
-        assert_eq!(free_ublk(&dir), 1);
-        std::fs::remove_dir_all(&dir).unwrap();
         assert_eq!(Export::Ublk(Some(7)).calls("d")[1].1["ublk_id"], 7);
+        assert_eq!(Export::Ublk(None).calls("d")[1].1, json!({"bdev_name": "d"}));
         assert_eq!(Export::Ublk(None).place(&json!(4)), "/dev/ublkb4");
         assert!(Export::ublk("x").unwrap_err().contains("such as 0"));
     }

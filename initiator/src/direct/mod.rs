@@ -43,6 +43,14 @@ fn say(line: &str) {
     let _ = writeln!(std::io::stdout(), "{line}");
 }
 
+/// The device is in use, and the program goes on though it was asked to end.
+pub fn refused(users: &[String]) {
+    users.iter().for_each(|user| say(user));
+    say(
+        "still serving: end that use first (umount, swapoff); Ctrl-C once more takes the device away, with I/O errors",
+    );
+}
+
 impl Direct {
     /// Does it, once the program is ready.
     pub fn on_ready(self) -> OnReady {

@@ -126,6 +126,7 @@ impl Target {
                 idle: IdlePolicy::Adaptive { spin: Duration::from_micros(20) },
                 log: LogControl::detached(),
                 on_ready: None,
+                on_refusal: None,
             };
             app::run(options, |control| tx.send(control.clone()).unwrap()).unwrap();
         });

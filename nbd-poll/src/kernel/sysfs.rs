@@ -82,22 +82,6 @@ fn number_of(name: &str) -> Option<u32> {
     if plain && digits.bytes().all(|b| b.is_ascii_digit()) { digits.parse().ok() } else { None }
 }
 
-/// Who has the device or a partition of it for itself: mounts, swap, other block devices. In words.
-pub fn exclusive_users(index: u32) -> Vec<String> {
-    let mut users = Vec::new();
-    for (name, number) in parts(index) {
-        users.extend(mounts(&name, &number));
-        let holders =
-            fs::read_dir(format!("/sys/class/block/{name}/holders")).into_iter().flatten().flatten();
-        users.extend(holders.map(|h| format!("/dev/{name} is part of {}", h.file_name().to_string_lossy())));
-        let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
-        if swaps.lines().any(|l| l.split_whitespace().next() == Some(&format!("/dev/{name}"))) {
-            users.push(format!("/dev/{name} is swap space"));
-        }
-    }
-    users
-}
-
 /// The processes that have the device or a partition of it open, other than this one. In words. Looks through /proc:
 /// milliseconds.
 pub fn openers(index: u32) -> Vec<String> {
@@ -130,11 +114,6 @@ pub fn maker(index: u32) -> Option<String> {
     })
 }
 
-/// [`maker`], [`exclusive_users`] and [`openers`].
-pub fn users(index: u32) -> Vec<String> {
-    maker(index).into_iter().chain(exclusive_users(index)).chain(openers(index)).collect()
-}
-
 /// The process that a thread belongs to.
 fn process_of(thread: u32) -> Option<u32> {
     let status = fs::read_to_string(format!("/proc/{thread}/status")).ok()?;
@@ -160,18 +139,6 @@ fn parts(index: u32) -> Vec<(String, String)> {
         }
     }
     parts
-}
-
-/// Mount points of the block device `number`. Source: proc_pid_mountinfo(5).
-fn mounts(name: &str, number: &str) -> Vec<String> {
-    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let of = table.lines().filter_map(|line| {
-        let mut fields = line.split(' ').skip(2);
-        let device = fields.next()?;
-        let point = fields.nth(1)?;
-        (device == number).then(|| format!("/dev/{name} is mounted on {point}"))
-    });
-    of.collect()
 }
 
 #[cfg(test)]
@@ -201,6 +168,6 @@ mod tests {
     #[test]
     fn a_device_that_is_not_there_has_no_state_and_no_users() {
         assert_eq!(state(4_000_000_000), None);
-        assert!(users(4_000_000_000).is_empty());
+        assert!(maker(4_000_000_000).is_none() && openers(4_000_000_000).is_empty());
     }
 }

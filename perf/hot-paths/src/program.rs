@@ -48,6 +48,7 @@ impl Program {
                 idle: IdlePolicy::Adaptive { spin: Duration::ZERO },
                 log: LogControl::detached(),
                 on_ready: None,
+                on_refusal: None,
             };
             let started = app::run(options, |control| tx.send(control.clone()).expect("somebody waits"));
             started.unwrap_or_else(|e| panic!("the program does not run: {e}"));

@@ -96,6 +96,7 @@ impl Target {
                 idle: IdlePolicy::Adaptive { spin: Duration::from_micros(20) },
                 log: LogControl::detached(),
                 on_ready: None,
+                on_refusal: None,
             };
             app::run(options, |handle| tx.send(handle.clone()).expect("the test waits for it"))
                 .expect("the target runs to its end");

@@ -58,6 +58,7 @@ impl Target {
                 idle: IdlePolicy::Adaptive { spin: Duration::from_micros(100) },
                 log: LogControl::detached(),
                 on_ready: None,
+                on_refusal: None,
             };
             app::run(options, |control| tx.send(control.clone()).unwrap())
         };

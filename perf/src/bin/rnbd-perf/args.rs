@@ -302,7 +302,7 @@ impl Args {
         let socket = || format!("/var/tmp/{PROGRAM}-{}.sock", std::process::id()).into();
         let common = Common {
             config: self.config,
-            cpumask: self.cpumask,
+            cpumask: Some(self.cpumask),
             rpc_socket: self.rpc_socket.unwrap_or_else(socket),
             wait_for_rpc: false,
             rpcs_allowed: None,
@@ -345,7 +345,7 @@ mod tests {
             (job.queue_depth, job.block_size, job.workload, job.read_percent),
             (8, 4096, Workload::RandRw, 70)
         );
-        assert_eq!((r.options.time, r.common.cpumask.as_str()), (Duration::from_millis(2500), "0x2"));
+        assert_eq!((r.options.time, r.common.cpumask.as_deref()), (Duration::from_millis(2500), Some("0x2")));
         assert_eq!((r.json, r.common.config), (Some("out.json".into()), Some("c.json".into())));
         assert_eq!(
             (job.target.clone(), r.options.case()),

@@ -77,6 +77,7 @@ impl Target {
                 idle: IdlePolicy::Adaptive { spin: Duration::from_micros(20) },
                 log: LogControl::detached(),
                 on_ready: None,
+                on_refusal: None,
             };
             let ran = app::run(options, |handle| tx.send(handle.clone()).expect("the test waits for it"));
             ran.expect("the target runs to its end");
