@@ -205,6 +205,8 @@ pub fn run(options: Options, started: impl FnOnce(&Handle)) -> Result<(), Error>
     let mut control = Reactor::new("control", None, IdlePolicy::Adaptive { spin: Duration::ZERO })?;
     let table = methods::table(&subsystems);
     let table = prepare_table(table, options.rpcs_allowed.as_deref(), options.config.as_ref())?;
+    let unconfigured = options.config.is_none() && !options.wait_for_rpc;
+    options.config.iter().for_each(|config| mention_oddities(config, &subsystems));
     let rpc_server = rpc::Server::listen(&options.rpc_socket, table.clone())?;
     let team = Team::start(options.cpumask.cores(), options.idle)?;
     let notifications = Notifications::hook(&manager, control.handle());
@@ -225,7 +227,7 @@ pub fn run(options: Options, started: impl FnOnce(&Handle)) -> Result<(), Error>
             options.config,
             options.ignore_init_errors,
             options.wait_for_rpc,
-            options.on_ready,
+            options.on_ready.or_else(|| unconfigured.then(|| nothing_to_do(options.rpc_socket))),
         )?,
         shutdown: Shutdown::default(),
         pending: Pending::default(),
@@ -243,6 +245,54 @@ pub fn run(options: Options, started: impl FnOnce(&Handle)) -> Result<(), Error>
     added?;
     let failure = app.borrow_mut().failure.take();
     failure.map_or(Ok(()), Err)
+}
+
+/// A program that serves nothing should not look like one that works.
+fn nothing_to_do(rpc_socket: PathBuf) -> OnReady {
+    Box::new(move |app, _| {
+        let (program, socket) = (app.program, rpc_socket.display());
+        tracing::warn!(
+            "started without a configuration: nothing is served until calls over {socket} say so; `{program} -c FILE` \
+             loads one, `{program} --help` says more"
+        );
+    })
+}
+
+/// Subsystems of SPDK that a configuration of its may name, though nothing here is called so.
+const SPDK_SUBSYSTEMS: [&str; 14] = [
+    "accel",
+    "fsdev",
+    "iobuf",
+    "iscsi",
+    "keyring",
+    "nvmf",
+    "scheduler",
+    "scsi",
+    "sock",
+    "vfu_tgt",
+    "vhost_scsi",
+    "vhost_user",
+    "vmd",
+    "interrupt",
+];
+
+/// Warns of what is probably a slip of the pen in a configuration, and changes nothing.
+fn mention_oddities(config: &Config, subsystems: &[Rc<dyn Subsystem>]) {
+    let path = config.path.display();
+    for key in &config.ignored {
+        tracing::warn!("{path}: key '{key}' in the top level means nothing here");
+    }
+    let own = || subsystems.iter().map(|s| s.name()).chain(["bdev", "reactor"]);
+    let mut unknown: Vec<&str> = config.calls.iter().map(|c| c.subsystem.as_str()).collect();
+    unknown.dedup();
+    unknown.retain(|name| !own().chain(SPDK_SUBSYSTEMS).any(|known| known == *name));
+    for name in unknown {
+        let known: Vec<&str> = own().collect();
+        tracing::warn!(
+            "{path}: there is no subsystem '{name}'; its calls are made all the same. There are: {}",
+            known.join(", ")
+        );
+    }
 }
 
 fn prepare_table(

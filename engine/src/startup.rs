@@ -92,7 +92,7 @@ impl App {
         while let Some(call) = self.startup.left.pop_front() {
             let Some(call) = self.put_off(call) else { continue };
             let path = self.startup.config.as_ref().map(|c| c.path.clone()).unwrap_or_default();
-            let one = Config { path, calls: vec![call] };
+            let one = Config { path, calls: vec![call], ignored: Vec::new() };
             self.startup.replay = Some(Replay::new(&one, State::Runtime, self.startup.on_error));
             return;
         }

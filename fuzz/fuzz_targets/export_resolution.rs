@@ -219,7 +219,8 @@ fuzz_target!(|input: &[u8]| {
             continue;
         };
         let peer = input.addr();
-        let ask = |name: &str| exports.resolve(&session, peer, name, own_name);
+        let ask =
+            |name: &str| exports.resolve(&session, peer, name, own_name).map_err(|refused| refused.errno);
         let found = ask(&name);
         assert_eq!(ask(&name), found);
         match &found {

@@ -166,7 +166,7 @@ pub struct Interval {
     pub iops: f64,
     /// 2^20 bytes of them, per second.
     pub mib_s: f64,
-    /// Of their latencies, microseconds.
+    /// Of their latencies, microseconds; 0 if none completed.
     pub p50_us: f64,
     /// As above.
     pub p99_us: f64,

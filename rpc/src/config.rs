@@ -90,6 +90,8 @@ pub struct Config {
     pub path: PathBuf,
     /// What it says.
     pub calls: Vec<Call>,
+    /// Keys of the top level that are passed over.
+    pub ignored: Vec<String>,
 }
 
 impl Config {
@@ -115,8 +117,8 @@ impl Config {
         check_syntax(&mut bytes).map_err(|(at, text)| invalid((position(&bytes, at), text)))?;
         let text = std::str::from_utf8(&bytes)
             .map_err(|error| invalid((position(&bytes, error.valid_up_to()), "not UTF-8".to_owned())))?;
-        let calls = Reader { text }.file().map_err(invalid)?;
-        Ok(Self { path: path.to_owned(), calls })
+        let (calls, ignored) = Reader { text }.file().map_err(invalid)?;
+        Ok(Self { path: path.to_owned(), calls, ignored })
     }
 
     /// Checks that `table` knows every method, so that nothing is executed of a file that cannot be right.
@@ -129,7 +131,9 @@ impl Config {
         };
         let mut text =
             format!("subsystem '{}', entry {}: unknown method '{}'", call.subsystem, call.entry, call.method);
-        if let Some(similar) = table.similar(&call.method) {
+        if let Some(why) = table.why_absent(&call.method) {
+            text += &format!("; {why}");
+        } else if let Some(similar) = table.similar(&call.method) {
             text += &format!("; did you mean '{similar}'?");
         }
         Err(ConfigError::Invalid { path: self.path.clone(), at: call.at, text })
@@ -164,20 +168,33 @@ struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    fn file(&self) -> Result<Vec<Call>, Mistake> {
+    /// The calls, and keys of the top level that mean nothing here.
+    fn file(&self) -> Result<(Vec<Call>, Vec<String>), Mistake> {
         let whole: &RawValue =
             serde_json::from_str(self.text).map_err(|error| self.json_mistake(0, &error))?;
         let shape = "a configuration is {\"subsystems\": [{\"subsystem\": …, \"config\": [{\"method\": …, \
                      \"params\": …}]}]}";
-        let [subsystems] = self.members(whole, ["subsystems"], "the top level", shape)?;
-        let Some(subsystems) = subsystems else {
-            return Err((self.at(whole), format!("key 'subsystems' is missing; {shape}")));
+        if !whole.get().starts_with('{') {
+            return Err((self.at(whole), format!("the top level must be an object; {shape}")));
+        }
+        // As SPDK, which has files with more than this: what is meant for others is passed over.
+        let Members(pairs) = self.parse(whole)?;
+        let (lists, others): (Vec<_>, Vec<_>) = pairs.into_iter().partition(|(key, _)| key == "subsystems");
+        let mut lists = lists.into_iter();
+        let Some((_, subsystems)) = lists.next() else {
+            let guess = others.iter().find(|(key, _)| similar(key, ["subsystems"]).is_some());
+            let at = guess.map_or(self.at(whole), |(_, value)| self.at(value));
+            let guess = guess.map_or_else(String::new, |(key, _)| format!(" (you wrote '{key}')"));
+            return Err((at, format!("key 'subsystems' is missing{guess}; {shape}")));
         };
+        if let Some((_, again)) = lists.next() {
+            return Err((self.at(again), "key 'subsystems' is given twice in the top level".into()));
+        }
         let mut calls = Vec::new();
         for subsystem in self.items(subsystems, "'subsystems'")? {
             self.subsystem(subsystem, &mut calls)?;
         }
-        Ok(calls)
+        Ok((calls, others.into_iter().map(|(key, _)| key).collect()))
     }
 
     fn subsystem(&self, raw: &'a RawValue, calls: &mut Vec<Call>) -> Result<(), Mistake> {
@@ -371,12 +388,7 @@ mod tests {
             ("{\"subsystems\": [01]}", "1:18", "invalid number"),
             ("[]", "1:1", "must be an object"),
             ("{}", "1:1", "'subsystems' is missing"),
-            (
-                "{\"subsytems\": []}",
-                "1:15",
-                "unknown key 'subsytems' in the top level (did you mean 'subsystems'?)",
-            ),
-            ("{\"subsystems\": [],\n\"bdev\": 1}", "2:9", "accepted: subsystems"),
+            ("{\"subsytems\": []}", "1:15", "key 'subsystems' is missing (you wrote 'subsytems')"),
             ("{\"subsystems\": [], \"subsystems\": []}", "1:34", "given twice"),
             ("{\"subsystems\": {}}", "1:16", "must be an array"),
             ("{\"subsystems\": [{\"config\": []}]}", "1:17", "'subsystem' is missing"),
@@ -416,6 +428,12 @@ mod tests {
             assert!(error.starts_with(&format!("c.json:{place}: ")), "{text}\n{error}\nshould be at {place}");
             assert!(error.contains(part), "{text}\n{error}\nshould contain {part}");
         }
+    }
+
+    #[test]
+    fn what_is_meant_for_others_is_passed_over() {
+        let config = parse("{\"version\": 1, \"subsystems\": [], \"global\": {}}").unwrap();
+        assert_eq!(config.ignored, ["version", "global"]);
     }
 
     #[test]

@@ -105,6 +105,8 @@ pub struct MethodTable<C> {
     aliases: BTreeMap<String, Alias>,
     /// What the socket may call; `None` is everything.
     allowed: Option<HashSet<String>>,
+    /// See [`MethodTable::explain_absent`].
+    absent: Vec<(&'static str, &'static str)>,
     state: AtomicU8,
 }
 
@@ -130,6 +132,7 @@ impl<C: 'static> MethodTable<C> {
             methods: BTreeMap::new(),
             aliases: BTreeMap::new(),
             allowed: None,
+            absent: Vec::new(),
             state: AtomicU8::new(States::STARTUP.0),
         };
         table.insert::<GetMethods>("rpc_get_methods", States::ANY, |table, _, p, r| {
@@ -275,6 +278,16 @@ impl<C: 'static> MethodTable<C> {
         similar(name, self.methods.keys().map(String::as_str))
     }
 
+    /// Says of methods that begin with `prefix` and are not there why they are not.
+    pub fn explain_absent(&mut self, prefix: &'static str, why: &'static str) {
+        self.absent.push((prefix, why));
+    }
+
+    /// What [`MethodTable::explain_absent`] said of such a method.
+    pub fn why_absent(&self, name: &str) -> Option<&'static str> {
+        self.absent.iter().find(|(prefix, _)| name.starts_with(prefix)).map(|(_, why)| *why)
+    }
+
     /// All methods in alphabetical order.
     pub fn methods(&self) -> impl Iterator<Item = MethodInfo<'_>> {
         self.methods.iter().map(|(name, method)| MethodInfo {
@@ -290,7 +303,13 @@ impl<C: 'static> MethodTable<C> {
     /// called with wrong parameters.
     pub fn call(&self, cx: &mut C, method: &str, params: Option<&Value>, responder: Responder) {
         let Some((name, found)) = self.find(method) else {
-            return responder.err(RpcError::method_not_found(method, self.similar(method)));
+            let error = RpcError::method_not_found(method, self.similar(method));
+            return responder.err(match self.why_absent(method) {
+                Some(why) => {
+                    RpcError { message: format!("Method not found: '{method}'; {why}"), ..error }.hint(why)
+                }
+                None => error,
+            });
         };
         if name != method {
             self.warn_deprecated(method, name);
@@ -457,6 +476,17 @@ mod tests {
         let error = call(&table(), "versoin", Value::Null).unwrap_err();
         assert_eq!(error.code, -32601);
         assert_eq!(error.message, "Method not found: 'versoin'; did you mean 'version'?");
+    }
+
+    #[test]
+    fn absent_methods_are_explained() {
+        let mut table = table();
+        table.explain_absent("vers_", "built without");
+        let error = call(&table, "vers_ion", Value::Null).unwrap_err();
+        assert_eq!(
+            (error.code, error.message.as_str()),
+            (-32601, "Method not found: 'vers_ion'; built without")
+        );
     }
 
     #[test]

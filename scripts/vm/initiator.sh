@@ -60,7 +60,7 @@ initiator_config() {
   done
   cat <<JSON
 {"subsystems": [
-  {"subsystem": "initiator", "config": [
+  {"subsystem": "bdev_rnbd", "config": [
     {"method": "bdev_rnbd_map", "params": {"name": "Remote0", "sessname": "s1", "device_path": "$REMOTE_PATH",
       "paths": [$paths]${more:+, $more}}}]}$(printf ', %s' "$@" | sed 's/^, $//')]}
 JSON

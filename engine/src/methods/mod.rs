@@ -27,6 +27,8 @@ pub fn table(subsystems: &[Rc<dyn Subsystem>]) -> MethodTable<App> {
     bdev::register(&mut table);
     stats::register(&mut table);
     bdev_modules::register(&mut table);
+    #[cfg(not(feature = "spdk"))]
+    table.explain_absent("spdk_", "this program was built without SPDK (--features spdk, see docs/spdk.md)");
     subsystems.iter().for_each(|s| s.methods(&mut table));
     subsystems.iter().for_each(|s| s.foreign_methods(&mut table));
     table

@@ -40,7 +40,7 @@ pub(super) fn plots(data: &Data<'_>, index: usize) -> Result<Vec<Plot>, ReportEr
             draw(area, data, &curves, &axes, (low..high).log_scale())
         })?);
     }
-    let rates = lines(case, |run| timeline(run, |i| i.iops), false);
+    let rates = lines(case, |run| timeline(run, |i| Some(i.iops)), false);
     if !rates.is_empty() {
         let caption = format!("{}: requests per second over time, every run", case.name);
         plots.push(style::plot(file(index, case, "iops-over-time"), caption, HEIGHT, |area| {
@@ -48,9 +48,11 @@ pub(super) fn plots(data: &Data<'_>, index: usize) -> Result<Vec<Plot>, ReportEr
             draw(area, data, &rates, &seconds(&rates, &style::count), 0.0..high)
         })?);
     }
-    let tails = lines(case, |run| timeline(run, |i| i.p99_us), false);
+    let tails = lines(case, |run| timeline(run, |i| (i.iops > 0.0).then_some(i.p99_us)), false);
     if !tails.is_empty() {
-        let caption = format!("{}: 99th percentile of latency over time, every run", case.name);
+        let what =
+            "99th percentile of latency over time, every run; gaps are stalls, in which nothing completed";
+        let caption = format!("{}: {what}", case.name);
         plots.push(style::plot(file(index, case, "p99-over-time"), caption, HEIGHT, |area| {
             let (low, high) = decades(&tails);
             draw(area, data, &tails, &seconds(&tails, &style::time), (low..high).log_scale())
@@ -95,18 +97,18 @@ fn curve(run: &RunResult) -> Vec<(f64, f64)> {
     run.totals.percentiles.iter().map(|(p, us)| (nines(*p), us.max(0.001))).collect()
 }
 
-/// A figure over time; steps are joined if there are more than can be seen.
-fn timeline(run: &RunResult, figure: impl Fn(&Interval) -> f64) -> Option<Vec<(f64, f64)>> {
+/// A figure over time; steps are joined if there are more than can be seen. NaN where there is none.
+fn timeline(run: &RunResult, figure: impl Fn(&Interval) -> Option<f64>) -> Option<Vec<(f64, f64)>> {
     let each = run.timeline.len().div_ceil(MAX_POINTS).max(1);
     let mean = |part: &[Interval]| {
-        let sum: f64 = part.iter().map(&figure).sum();
-        part.last().map(|last| (last.at, sum / part.len() as f64))
+        let known: Vec<f64> = part.iter().filter_map(&figure).collect();
+        part.last().map(|last| (last.at, known.iter().sum::<f64>() / known.len() as f64))
     };
     run.timeline.chunks(each).map(mean).collect()
 }
 
 fn span(lines: &[Line], of: impl Fn(&(f64, f64)) -> f64) -> (f64, f64) {
-    let values = lines.iter().flat_map(|l| &l.points).map(of);
+    let values = lines.iter().flat_map(|l| &l.points).map(of).filter(|v| !v.is_nan());
     values.fold((f64::MAX, 0.0), |(low, high), v| (low.min(v), high.max(v)))
 }
 
@@ -177,7 +179,13 @@ where
     for line in lines {
         let (strength, width) = if line.pale { (0.35, 1) } else { (1.0, 2) };
         let style = style::colour(line.label).mix(strength).stroke_width(width);
-        chart.draw_series(LineSeries::new(line.points.iter().copied(), style)).map_err(words)?;
+        for part in line.points.split(|p| p.1.is_nan()).filter(|part| !part.is_empty()) {
+            match part {
+                // Between two stalls.
+                [one] => chart.draw_series([Circle::new(*one, width, style)]).map(drop).map_err(words)?,
+                _ => chart.draw_series(LineSeries::new(part.to_vec(), style)).map(drop).map_err(words)?,
+            }
+        }
     }
     Ok(())
 }
@@ -236,7 +244,22 @@ mod tests {
         let timeline_of =
             (0..100_000).map(|n| Interval { at: f64::from(n), iops: 7.0, ..Default::default() });
         let run = RunResult { timeline: timeline_of.collect(), ..Default::default() };
-        let points = timeline(&run, |i| i.iops).expect("points");
+        let points = timeline(&run, |i| Some(i.iops)).expect("points");
         assert!(points.len() <= MAX_POINTS && points.iter().all(|p| p.1 == 7.0));
+    }
+
+    #[test]
+    fn a_stall_has_no_percentile() {
+        let intervals = [(7.0, 30.0), (0.0, 0.0), (7.0, 50.0)].map(|(iops, p99_us)| Interval {
+            iops,
+            p99_us,
+            ..Default::default()
+        });
+        let run = RunResult { timeline: intervals.to_vec(), ..Default::default() };
+        let points = timeline(&run, |i| (i.iops > 0.0).then_some(i.p99_us)).expect("points");
+        assert_eq!((points[0].1, points[2].1), (30.0, 50.0));
+        assert!(points[1].1.is_nan());
+        let line = Line { label: 0, points, pale: false };
+        assert!(decades(&[line]).0 > 20.0, "the stall does not stretch the axis");
     }
 }

@@ -40,7 +40,7 @@ end_server() { # SIGNAL
 
 cat >/run/initiator.json <<JSON
 {"subsystems": [
-  {"subsystem": "initiator", "config": [
+  {"subsystem": "bdev_rnbd", "config": [
     {"method": "bdev_nbd_create", "params": {"name": "Remote0", "uri": "nbd://$(client_addr 1)/disk",
       "reconnect_delay_sec": 1}}]},
   {"subsystem": "vhost_blk", "config": [

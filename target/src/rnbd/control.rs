@@ -187,7 +187,7 @@ impl Control {
             .exports
             .borrow()
             .resolve(session, admin.peer, name, |n| Some(self.manager.get(n).ok()?.info().name.clone()))
-            .map_err(|e| refused(e, "name look-up".into()))?;
+            .map_err(|r| refused(r.errno, r.why))?;
         let (bdev, read_only_export) = match found {
             Found::Bdev { name, read_only } => (name, read_only),
             Found::File(path) => (self.file_bdev(&path).map_err(|(e, why)| refused(e, why))?, false),

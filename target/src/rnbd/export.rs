@@ -67,6 +67,15 @@ pub enum Found {
     File(PathBuf),
 }
 
+/// Why a client does not get what it asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// For the client.
+    pub errno: Errno,
+    /// For the log.
+    pub why: String,
+}
+
 /// The export table and the rules around it.
 #[derive(Debug, Default)]
 pub struct Exports {
@@ -121,21 +130,29 @@ impl Exports {
     /// Looks a client's device path up. `bdev` gives the own name of the bdev that has a name or alias.
     ///
     /// # Errors
-    /// The errno for the client: EINVAL for impossible names, EACCES for those it may not have, ENOENT.
+    /// The errno for the client (EINVAL for impossible names, EACCES for those it may not have, ENOENT), and why, for the log.
     pub fn resolve(
         &self,
         sessname: &str,
         peer: IpAddr,
         device_path: &str,
         bdev: impl Fn(&str) -> Option<String>,
-    ) -> Result<Found, Errno> {
-        let full = self.search_path.full_path(sessname, device_path).map_err(|bad| bad.errno())?;
+    ) -> Result<Found, Refused> {
+        let refused = |errno, why: String| Err(Refused { errno, why });
+        let full = self
+            .search_path
+            .full_path(sessname, device_path)
+            .map_err(|bad| Refused { errno: bad.errno(), why: bad.to_string() })?;
         let prefix = self.search_path.prefix(sessname);
         let remainder = full.strip_prefix(&prefix).unwrap_or(&full);
         let names = [remainder, full.trim_start_matches('/')];
         if let Some(export) = self.table.iter().find(|e| names.contains(&e.device_path.as_str())) {
             if !allowed(&export.allow, sessname, peer) {
-                return Err(Errno::EACCES);
+                let entries = export.allow.len();
+                let why = format!(
+                    "none of the {entries} allow entries of the export fits this session and address"
+                );
+                return refused(Errno::EACCES, why);
             }
             return Ok(Found::Bdev { name: export.bdev_name.clone(), read_only: export.read_only });
         }
@@ -145,38 +162,51 @@ impl Exports {
         };
         if let Some(name) = bdev(remainder) {
             if is_exported(&name) {
-                return Err(Errno::EACCES);
+                let why =
+                    format!("bdev {name} is exported, so it is opened by the names of its exports only");
+                return refused(Errno::EACCES, why);
             }
             return Ok(Found::Bdev { name, read_only: false });
         }
         if !self.open_files {
-            return Err(Errno::ENOENT);
+            return refused(
+                Errno::ENOENT,
+                "no export and no bdev has this name, and open_files is off".into(),
+            );
         }
         let path = real_path(&prefix, &full)?;
         // The bdev of a file has its path as name.
         if path.to_str().and_then(&bdev).is_some_and(|own| is_exported(&own)) {
-            return Err(Errno::EACCES);
+            return refused(
+                Errno::EACCES,
+                "the file is exported, so it is opened by the names of its exports only".into(),
+            );
         }
         Ok(Found::File(path))
     }
 }
 
 /// The file behind `full` without symbolic links, if it lies below `prefix`. Its path is UTF-8.
-fn real_path(prefix: &str, full: &str) -> Result<PathBuf, Errno> {
-    let io = |e: std::io::Error| Errno::from_raw(e.raw_os_error().unwrap_or(5)).unwrap_or(Errno::EIO);
+fn real_path(prefix: &str, full: &str) -> Result<PathBuf, Refused> {
+    let refused = |errno, why: String| Err(Refused { errno, why });
+    let io = |e: std::io::Error| {
+        let errno = Errno::from_raw(e.raw_os_error().unwrap_or(5)).unwrap_or(Errno::EIO);
+        Refused { errno, why: format!("no export and no bdev has this name, and no file: {full}: {e}") }
+    };
     let base = Path::new(prefix).canonicalize().map_err(io)?;
     let path = Path::new(full).canonicalize().map_err(io)?;
     if !path.starts_with(&base) {
-        tracing::warn!(path = full, target = %path.display(), "refused: leaves the search path");
-        return Err(Errno::EACCES);
+        return refused(Errno::EACCES, format!("{full} leads out of the search path, to {}", path.display()));
     }
     if path.is_dir() {
-        return Err(Errno::ENOTBLK);
+        return refused(Errno::ENOTBLK, format!("{full} is a directory"));
     }
     // Its bdev would be named like that of another file.
     if path.to_str().is_none() {
-        tracing::warn!(path = full, target = %path.display(), "refused: leads to a name that is not UTF-8");
-        return Err(Errno::EINVAL);
+        return refused(
+            Errno::EINVAL,
+            format!("{full} leads to a name that is not UTF-8: {}", path.display()),
+        );
     }
     Ok(path)
 }
@@ -228,23 +258,23 @@ mod tests {
     fn exports_come_before_bdevs() {
         let mut e = exports("/");
         e.add(export("/disks//one", "M0", vec![])).unwrap();
-        assert_eq!(e.resolve("s", PEER, "disks/one", any), bdev("M0"));
-        assert_eq!(e.resolve("s", PEER, "/disks/one", any), bdev("M0"));
-        assert_eq!(e.resolve("s", PEER, "M1", only("M1")), bdev("M1"));
-        assert_eq!(e.resolve("s", PEER, "M0", any), Err(Errno::EACCES));
-        assert_eq!(e.resolve("s", PEER, "M2", none), Err(Errno::ENOENT));
-        assert_eq!(e.resolve("s", PEER, "a/../M1", any), Err(Errno::EINVAL));
+        assert_eq!(e.resolve("s", PEER, "disks/one", any).map_err(|r| r.errno), bdev("M0"));
+        assert_eq!(e.resolve("s", PEER, "/disks/one", any).map_err(|r| r.errno), bdev("M0"));
+        assert_eq!(e.resolve("s", PEER, "M1", only("M1")).map_err(|r| r.errno), bdev("M1"));
+        assert_eq!(e.resolve("s", PEER, "M0", any).map_err(|r| r.errno), Err(Errno::EACCES));
+        assert_eq!(e.resolve("s", PEER, "M2", none).map_err(|r| r.errno), Err(Errno::ENOENT));
+        assert_eq!(e.resolve("s", PEER, "a/../M1", any).map_err(|r| r.errno), Err(Errno::EINVAL));
     }
 
     #[test]
     fn session_names_make_own_name_spaces() {
         let mut e = exports("/exports/%SESSNAME%/ignored");
         e.add(export("M7", "B7", vec![])).unwrap();
-        assert_eq!(e.resolve("s", PEER, "M1", only("M1")), bdev("M1"));
-        assert_eq!(e.resolve("s", PEER, "M7", none), bdev("B7"));
+        assert_eq!(e.resolve("s", PEER, "M1", only("M1")).map_err(|r| r.errno), bdev("M1"));
+        assert_eq!(e.resolve("s", PEER, "M7", none).map_err(|r| r.errno), bdev("B7"));
         e.add(export("exports/alice/own", "B8", vec![])).unwrap();
-        assert_eq!(e.resolve("alice", PEER, "own", none), bdev("B8"));
-        assert_eq!(e.resolve("bob", PEER, "own", none), Err(Errno::ENOENT));
+        assert_eq!(e.resolve("alice", PEER, "own", none).map_err(|r| r.errno), bdev("B8"));
+        assert_eq!(e.resolve("bob", PEER, "own", none).map_err(|r| r.errno), Err(Errno::ENOENT));
     }
 
     /// Of a bdev with the name `own` and an alias, `alias`.
@@ -255,12 +285,16 @@ mod tests {
             let mut e = exports("/");
             let alice = Allow { session: Some("alice".into()), addr: None };
             e.add(export("d", exported, vec![alice])).unwrap();
-            assert_eq!(e.resolve("alice", PEER, "d", find), bdev(exported));
+            assert_eq!(e.resolve("alice", PEER, "d", find).map_err(|r| r.errno), bdev(exported));
             for asked in ["d", "own", "store/alias"] {
-                assert_eq!(e.resolve("bob", PEER, asked, find), Err(Errno::EACCES), "{asked} of {exported}");
+                assert_eq!(
+                    e.resolve("bob", PEER, asked, find).map_err(|r| r.errno),
+                    Err(Errno::EACCES),
+                    "{asked} of {exported}"
+                );
             }
         }
-        assert_eq!(exports("/").resolve("bob", PEER, "store/alias", find), bdev("own"));
+        assert_eq!(exports("/").resolve("bob", PEER, "store/alias", find).map_err(|r| r.errno), bdev("own"));
     }
 
     #[test]
@@ -275,6 +309,8 @@ mod tests {
         let ask = |s: &str, a: &str| e.resolve(s, a.parse().unwrap(), "d", any).is_ok();
         assert!(ask("alice", "10.0.0.7") && ask("alice", "::ffff:10.0.0.7") && ask("bob", "192.0.2.1"));
         assert!(!ask("alice", "10.0.1.7") && !ask("eve", "10.0.0.7") && !ask("alice", "fd00::1"));
+        let refused = e.resolve("eve", PEER, "d", any).unwrap_err();
+        assert!(refused.why.contains("none of the 2 allow entries"), "{refused:?}");
         assert_eq!(e.add(export("x", "M", vec![allow(None, None)])), Err(ExportError::EmptyAllow));
         assert!(matches!(
             e.add(export("x", "M", vec![allow(None, Some("10.0.0.0/33"))])),
@@ -295,7 +331,7 @@ mod tests {
         let mut e = exports(dir.join("in").to_str().unwrap());
         e.open_files = true;
         let real = dir.canonicalize().unwrap().join("in/disk");
-        let ask = |name: &str| e.resolve("s", PEER, name, none);
+        let ask = |name: &str| e.resolve("s", PEER, name, none).map_err(|r| r.errno);
         assert_eq!(ask("disk"), Ok(Found::File(real.clone())));
         assert_eq!(ask("alias"), Ok(Found::File(real.clone())));
         assert_eq!(ask("out"), Err(Errno::EACCES));
@@ -304,12 +340,12 @@ mod tests {
         // A file that is served as a bdev already, which is exported.
         let path = real.to_str().unwrap().to_owned();
         e.add(export("d", &path, vec![Allow { session: Some("alice".into()), addr: None }])).unwrap();
-        assert_eq!(e.resolve("s", PEER, "disk", only(&path)), Err(Errno::EACCES));
+        assert_eq!(e.resolve("s", PEER, "disk", only(&path)).map_err(|r| r.errno), Err(Errno::EACCES));
         // Names that are not UTF-8 look alike.
         let odd = dir.join("in").join(std::ffi::OsStr::from_bytes(b"d\xff"));
         std::fs::write(&odd, b"x").unwrap();
         std::os::unix::fs::symlink(&odd, dir.join("in/odd")).unwrap();
-        assert_eq!(e.resolve("s", PEER, "odd", none), Err(Errno::EINVAL));
+        assert_eq!(e.resolve("s", PEER, "odd", none).map_err(|r| r.errno), Err(Errno::EINVAL));
         std::fs::remove_dir_all(&dir).unwrap();
     }
 }
