@@ -196,6 +196,7 @@ fn methods_answer_as_spdks() {
     assert_eq!(sessions[0]["started"], true);
     assert_eq!(sessions[0]["max_queues"], 2);
     assert_eq!(sessions[0]["inflight_task_cnt"], 0);
+    assert_eq!(sessions[0]["write_cache"], true);
     assert_eq!(errno(program.call("vhost_delete_controller", name("c0"))), -16, "a guest is connected");
     // What is saved makes it again.
     let saved = program.call("framework_get_config", json!({ "name": "vhost_blk" })).unwrap();

@@ -19,7 +19,7 @@ Usage: scripts/vm/run.sh [options] SCENARIO [ARGUMENT...]
   -n NET         where the server's side is: rxe (default), soft, tap; see scripts/vm/net.sh
   -o KEY=VALUE   environment variable for the scenario; repeatable
   -s CPUS        virtual CPUs (default 2)
-  -m MEMORY      guest memory (default 4G)
+  -m MEMORY      guest memory (default 4G, or what the scenario's "# memory:" line says)
   -q             do not copy the scenario's output to the terminal, only the verdict
   --shell        an interactive root shell in the guest, with lib.sh loaded; leave with "exit"
   --list         the scenarios, one line each
@@ -39,7 +39,7 @@ list() {
 }
 
 arguments=("$@")
-series=${VM_SERIES[0]} net=rxe limit='' cpus=2 memory=4G quiet='' shell='' env=()
+series=${VM_SERIES[0]} net=rxe limit='' cpus=2 memory='' quiet='' shell='' env=()
 while [[ $# -gt 0 ]]; do
   case $1 in
     -k | -t | -n | -o | -s | -m) [[ $# -ge 2 ]] || vm_die "$1 needs a value, see --help" ;;&
@@ -70,6 +70,8 @@ else
   [[ -f $script ]] || vm_die "no scenario \"$1\"; there are: $(list | awk '{printf "%s ", $1}')"
   shift
 fi
+[[ -n $memory ]] || memory=$(sed -n 's/^# memory: *//p' "$script" | head -n 1)
+memory=${memory:-4G}
 [[ -n $limit ]] || limit=$(sed -n 's/^# timeout: *\([0-9]*\).*/\1/p' "$script" | head -n 1)
 # It ends what hangs, nothing else: no verdict depends on it.
 limit=$((${limit:-300} * 2 * ${TIME_SCALE:-1}))
@@ -176,7 +178,9 @@ qemu=(
 # A scenario with a line "# qemu: vhost" plugs devices of the host's vhost-user back ends in: they need the guest's memory,
 # and the scenario QEMU's monitor, see vhost.sh.
 if grep -q '^# qemu: vhost' "$script"; then
-  qemu+=(-object "memory-backend-memfd,id=ram,size=$memory,share=on" -machine memory-backend=ram
+  # With room for memory that is plugged in.
+  qemu+=(-m "$memory,slots=4,maxmem=16G"
+    -object "memory-backend-memfd,id=ram,size=$memory,share=on" -machine memory-backend=ram
     -qmp "unix:$job/qmp.sock,server=on,wait=off")
 fi
 

@@ -46,8 +46,9 @@ pub(super) const TEXTS: &[MethodText] = &[
     (
         "vhost_get_controllers",
         "a list of controllers",
-        "Lists controllers, or the one called `name`, with the front ends that are connected. `bdev` is null after the \
-         bdev was removed.",
+        "Lists controllers, or the one called `name`, with the front ends that are connected. `write_cache`: whether \
+         completed writes of the guest may be in a cache, as it has chosen; else each is stable. `bdev` is null after the bdev \
+         was removed.",
     ),
     (
         "vhost_controller_set_coalescing",

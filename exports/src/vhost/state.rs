@@ -216,6 +216,7 @@ impl Entry {
                     "started": s.started,
                     "max_queues": s.max_queues,
                     "inflight_task_cnt": s.inflight,
+                    "write_cache": s.write_cache,
                 })
             })
             .collect();

@@ -61,7 +61,7 @@ impl Node {
 /// is gone, with the reason if nobody asked for it; not if this fails.
 ///
 /// # Errors
-/// EBUSY: in use, see [`sysfs::users`]. What open(2) and the ioctls say.
+/// EBUSY: in use, see [`sysfs::openers`]. What open(2) and the ioctls say.
 pub fn connect(
     index: u32,
     disk: &Disk,

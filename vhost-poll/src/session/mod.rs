@@ -89,6 +89,8 @@ pub struct SessionInfo {
     pub max_queues: usize,
     /// Requests in flight.
     pub inflight: u32,
+    /// Completed writes may be in a cache; else each is stable.
+    pub write_cache: bool,
     /// The front end has closed its end, which the session has yet to see.
     pub hung_up: bool,
 }
@@ -211,6 +213,7 @@ impl<D: Disk> Session<D> {
             started: self.vrings.iter().any(Vring::is_running),
             max_queues: self.vrings.len(),
             inflight: self.lanes.iter().map(|l| l.inflight.load(Ordering::Relaxed)).sum(),
+            write_cache: self.write_back.load(Ordering::Relaxed),
             hung_up: self.conn.hung_up(),
         }
     }
