@@ -121,4 +121,7 @@ pub trait DiskChannel: 'static {
 
     /// Completions wait in memory already.
     fn ready(&self) -> bool;
+
+    /// Ends what can be ended early, with errors: requests that wait for a server that is away. Each still has its completion.
+    fn abort(&mut self);
 }

@@ -51,6 +51,8 @@ impl DiskChannel for Held {
     fn ready(&self) -> bool {
         false
     }
+
+    fn abort(&mut self) {}
 }
 
 /// See the module.

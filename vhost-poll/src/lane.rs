@@ -6,7 +6,7 @@ use std::os::fd::RawFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use reactor::{Handle, Polled, Poller, PollerId, Turn};
 
@@ -22,6 +22,9 @@ use crate::session::{Event, SessionKey};
 const PIECE: usize = 8;
 /// Pieces taken from a queue per turn.
 const PIECES: usize = 8;
+
+/// How long requests in flight may take when all queues are being stopped.
+const STOP_TIME: Duration = Duration::from_secs(2);
 
 /// The sendable side of a lane.
 #[derive(Clone, Debug)]
@@ -61,6 +64,10 @@ pub(crate) struct Lane<D: Disk> {
     inflight: Arc<AtomicU32>,
     /// Of [`iobuf::losses`], when the session was last told.
     losses: u64,
+    /// Since when all queues are being stopped and requests are in flight.
+    stopping: Option<Instant>,
+    /// The disk was told then to end them.
+    aborted: bool,
 }
 
 struct LanePoller<D: Disk>(Rc<RefCell<Lane<D>>>);
@@ -77,7 +84,8 @@ impl<D: Disk> Poller for LanePoller<D> {
     fn deadline(&self) -> Option<Instant> {
         let lane = self.0.borrow();
         let queues = lane.queues.iter().flatten().map(|s| s.queue.deadline());
-        queues.chain([lane.disk.as_ref().and_then(DiskChannel::deadline)]).flatten().min()
+        let hurry = lane.stopping.filter(|_| !lane.aborted).map(|since| since + STOP_TIME);
+        queues.chain([lane.disk.as_ref().and_then(DiskChannel::deadline), hurry]).flatten().min()
     }
 }
 
@@ -110,6 +118,7 @@ impl<D: Disk> Lane<D> {
             ending |= slot.draining.is_some();
         }
         if ending {
+            self.hurry(cx.now);
             self.end(cx);
         }
         self.look_for_losses();
@@ -142,6 +151,27 @@ impl<D: Disk> Lane<D> {
         if losses != self.losses {
             self.losses = losses;
             self.session.tell::<D>(Event::Loss);
+        }
+    }
+
+    /// A front end that stops its queues waits for that, and its guest can neither reset nor be unplugged: after a while what
+    /// waits for a server that is away is given up.
+    #[cold]
+    fn hurry(&mut self, now: Instant) {
+        let mut slots = self.queues.iter().flatten();
+        let stops = slots.all(|s| matches!(s.draining, Some(Draining::Stop)));
+        let inflight = self.queues.iter().flatten().any(|s| s.queue.outstanding() > 0);
+        if !(stops && inflight) {
+            (self.stopping, self.aborted) = (None, false);
+            return;
+        }
+        let since = *self.stopping.get_or_insert(now);
+        if !self.aborted && now.duration_since(since) >= STOP_TIME {
+            self.aborted = true;
+            self.queues.iter_mut().flatten().for_each(|s| s.queue.keeps_failed = true);
+            if let Some(disk) = &mut self.disk {
+                disk.abort();
+            }
         }
     }
 
@@ -283,6 +313,8 @@ impl LaneHandle {
                 inflight,
                 // Whatever was lost between the mapping and now is found at the first turn.
                 losses: 0,
+                stopping: None,
+                aborted: false,
             }));
             let poller = cx.add_poller("vhost_blk", Box::new(LanePoller(lane.clone())));
             lane.borrow_mut().poller = Some(poller);

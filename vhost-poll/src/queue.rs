@@ -133,6 +133,9 @@ pub(crate) struct Queue {
     homeless: bool,
     /// Takes nothing from the ring; what was taken comes to its end.
     pub(crate) draining: bool,
+    /// What fails from now on stays in the memory of requests in flight, if there is one: whoever starts the queue again
+    /// repeats it.
+    pub(crate) keeps_failed: bool,
     armed: bool,
     write_back: Arc<AtomicBool>,
     serial: [u8; 20],
@@ -183,6 +186,7 @@ impl Queue {
             broken: None,
             homeless: false,
             draining: false,
+            keeps_failed: false,
             armed: true,
             write_back: setup.write_back,
             serial: setup.serial,
@@ -402,6 +406,12 @@ impl Queue {
         }
         self.outstanding -= 1;
         let slot = *slot;
+        if self.keeps_failed && slot.status != BlkStatus::Ok && !matches!(self.track, Track::None) {
+            if matches!(self.ring, Ring::Packed(_)) {
+                self.free.push(index);
+            }
+            return;
+        }
         let len = if slot.status == BlkStatus::Ok { slot.len } else { 1 };
         // SAFETY: `parse` made sure that the chain has a last writable byte, which is in a region that stays mapped while
         // requests of it are in flight (a new memory table comes only to a queue without any).

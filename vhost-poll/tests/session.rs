@@ -65,6 +65,43 @@ fn stopping_waits_for_requests_in_flight() {
     }
 }
 
+/// Of a disk whose server is away: the front end is not kept waiting, and with memory for requests in flight nothing is lost.
+#[test]
+fn stopping_gives_up_what_does_not_end() {
+    let mem = MemDisk::new(1 << 20);
+    let backend = Backend::start("give-up", mem.clone());
+    for inflight in [false, true] {
+        for options in both() {
+            let mut disk = Disk::connect(&backend.path, Options { inflight, ..options }).unwrap();
+            mem.log.lock().unwrap().clear();
+            mem.hold.store(true, Ordering::Release);
+            mem.aborts.store(true, Ordering::Release);
+            for n in 0..5u8 {
+                let slot = disk.take(0).unwrap();
+                disk.ram.write(disk.request(0, slot).data, &[n + 1; 512]);
+                assert!(disk.submit(0, slot, OUT, n.into(), 512, true));
+            }
+            disk.publish(0);
+            eventually("all are taken", || mem.log.lock().unwrap().len() == 5);
+            let base = disk.stop_queue(0).unwrap();
+            mem.hold.store(false, Ordering::Release);
+            if !inflight {
+                let ended: Vec<u8> = (0..5).map(|_| disk.poll(0).unwrap().1).collect();
+                assert_eq!(ended, [1; 5], "errors");
+                continue;
+            }
+            assert_eq!(disk.poll(0), None, "nobody has answered");
+            disk.start_queue(0, base).unwrap();
+            for _ in 0..5 {
+                assert_eq!(disk.wait(0).unwrap().1, 0, "repeated");
+            }
+            for n in 0..5u8 {
+                assert_eq!(disk.read(n.into(), 512).unwrap(), [n + 1; 512]);
+            }
+        }
+    }
+}
+
 #[test]
 fn a_disabled_queue_waits() {
     let backend = Backend::start("enable", MemDisk::new(1 << 20));

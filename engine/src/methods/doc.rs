@@ -94,7 +94,7 @@ const TEXTS: &[MethodText] = &[
     (
         "framework_set_idle_policy",
         "true",
-        "`poll`: never sleep. `adaptive`: poll for `spin_us` after the last work, then sleep. All reactors, or the one on core `reactor`.",
+        "`poll`: never sleep. `adaptive`: poll for `spin_us` after the last work, then sleep; on a core that others use, too, sleep at once. All reactors, or the one on core `reactor`.",
     ),
     ("framework_set_scheduler", "true", "Only `static`."),
     ("framework_start_init", "true", "Ends --wait-for-rpc; answers when the configuration has run."),

@@ -79,6 +79,9 @@ impl Disk for BdevDisk {
     }
 }
 
+/// The cookie of a reset; those of requests have 32 bits.
+const RESET: u64 = u64::MAX;
+
 /// A bdev on one reactor.
 pub(super) struct BdevChannel {
     channel: IoChannel,
@@ -201,13 +204,30 @@ impl DiskChannel for BdevChannel {
         self.channel.kick();
     }
 
+    #[cold]
+    fn abort(&mut self) {
+        for request in std::mem::take(&mut self.backlog) {
+            self.end(request.cookie, BlkStatus::IoError);
+        }
+        let reset = IoRequest {
+            op: Op::Reset,
+            flags: Flags::NONE,
+            lba: 0,
+            blocks: 0,
+            segments: Segments::new(),
+            cookie: RESET,
+        };
+        // Refused if the bdev is gone, which has ended them then.
+        let _ = self.channel.submit(reset);
+        self.channel.kick();
+    }
+
     #[inline]
     fn poll(&mut self, done: &mut Vec<Completion>) {
         self.channel.poll(&mut self.raw);
         done.append(&mut self.ended);
-        done.extend(
-            self.raw.drain(..).map(|c| Completion { cookie: c.cookie, status: blk_status(c.status) }),
-        );
+        let raw = self.raw.drain(..).filter(|c| c.cookie != RESET);
+        done.extend(raw.map(|c| Completion { cookie: c.cookie, status: blk_status(c.status) }));
         if !self.backlog.is_empty() {
             self.retry();
         }

@@ -32,6 +32,8 @@ pub struct MemDisk {
     pub hold: AtomicBool,
     /// At most so many completions per turn, and only every so many turns; 0 = no limit.
     pub slow: AtomicU64,
+    /// An abort ends what is held.
+    pub aborts: AtomicBool,
     /// What was asked for, in order.
     pub log: Mutex<Vec<(Op, u64, u64)>>,
     /// A place in shared memory for the sectors of requests, in order: count, then sectors.
@@ -57,6 +59,7 @@ impl MemDisk {
             memory,
             info: Mutex::new(info),
             hold: AtomicBool::new(false),
+            aborts: AtomicBool::new(false),
             slow: AtomicU64::new(0),
             log: Mutex::default(),
             order,
@@ -83,6 +86,7 @@ pub struct MemChannel {
     /// Held requests: their data moves when they complete.
     queue: VecDeque<(Op, u64, u64, Vec<Segment>, u64)>,
     turns: u64,
+    aborted: Vec<Completion>,
 }
 
 /// `Disk` for an `Arc<MemDisk>`.
@@ -96,7 +100,7 @@ impl Disk for Shared {
     }
 
     fn channel(&self) -> Result<MemChannel, String> {
-        Ok(MemChannel { disk: self.0.clone(), queue: VecDeque::new(), turns: 0 })
+        Ok(MemChannel { disk: self.0.clone(), queue: VecDeque::new(), turns: 0, aborted: Vec::new() })
     }
 }
 
@@ -145,7 +149,15 @@ impl DiskChannel for MemChannel {
 
     fn kick(&mut self) {}
 
+    fn abort(&mut self) {
+        if self.disk.aborts.load(Ordering::Relaxed) {
+            let held = self.queue.drain(..);
+            self.aborted.extend(held.map(|(.., cookie)| Completion { cookie, status: BlkStatus::IoError }));
+        }
+    }
+
     fn poll(&mut self, done: &mut Vec<Completion>) {
+        done.append(&mut self.aborted);
         self.turns += 1;
         let slow = self.disk.slow.load(Ordering::Relaxed);
         if self.disk.hold.load(Ordering::Acquire) || (slow > 0 && !self.turns.is_multiple_of(slow)) {
@@ -170,7 +182,7 @@ impl DiskChannel for MemChannel {
     }
 
     fn ready(&self) -> bool {
-        false
+        !self.aborted.is_empty()
     }
 }
 
