@@ -336,6 +336,33 @@ ends_in_order() {
   ! grep 'giving up' target.log
 }
 
+# without_terminal: a program that was started by nohup stays when the terminal goes, and has no work because of it; another
+# ends in order.
+without_terminal() {
+  local pid rc=0
+  (trap '' HUP && exec ./rnbd-target -r nohup.sock >nohup.log 2>&1) &
+  pid=$!
+  wait_while $pid "an answer" "$rpc" nohup.sock rpc_get_methods || return
+  kill -HUP $pid
+  wait_while $pid "that it rests" rests $pid || return
+  kill -TERM $pid
+  wait $pid || { echo "status $?"; return 1; }
+  ./rnbd-target -r hup.sock >hup.log 2>&1 &
+  pid=$!
+  wait_while $pid "an answer" "$rpc" hup.sock rpc_get_methods || return
+  kill -HUP $pid
+  wait $pid || rc=$?
+  [[ $rc == 0 ]] && grep -q 'shutting down' hup.log && [[ ! -e hup.sock ]] || { echo "status $rc"; cat hup.log; return 1; }
+}
+# rests PID: every thread sleeps, in 20 looks.
+rests() {
+  local i
+  for ((i = 0; i < 20; i++)); do
+    [[ -z $(awk '{print $3}' "/proc/$1/task/"*/stat | grep -v S) ]] || return 1
+    sleep 0.02
+  done
+}
+
 dd if=/dev/urandom of=random.img bs=1M count=64 status=none
 start 1
 check "exports are listed with their properties" lists_exports
@@ -361,6 +388,7 @@ else
   echo "skipped: standard input of rnbd-initiator, which is not built"
 fi
 check "sockets of systemd's" is_activated
+check "the terminal goes" without_terminal
 rc=0
 survives_a_kill >check.log 2>&1 || rc=$?
 passed "a flushed copy survives kill -9, and the socket is taken over" $rc

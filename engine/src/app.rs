@@ -314,8 +314,8 @@ fn add_pollers(cx: &mut Turn<'_>, app: &Rc<RefCell<App>>, server: rpc::Server<Ap
     use std::os::fd::{AsFd, AsRawFd};
     let watch = |cx: &mut Turn<'_>, fd| cx.watch(fd).map_err(|e| Error::System("epoll", e.into()));
     // Started by nohup(1): the loss of the terminal is to be ignored.
-    let hang_up = if is_ignored(SIGHUP) { &[][..] } else { &[SIGHUP] };
-    for (ask, signals) in [(Ask::Once, &[SIGINT, SIGTERM][..]), (Ask::HangUp, hang_up)] {
+    let hang_up = (!is_ignored(SIGHUP)).then_some((Ask::HangUp, &[SIGHUP][..]));
+    for (ask, signals) in [(Ask::Once, &[SIGINT, SIGTERM][..])].into_iter().chain(hang_up) {
         let read = on_signals(signals).map_err(|e| Error::System("signals", e))?;
         watch(cx, read.as_raw_fd())?;
         cx.add_poller("signals", Box::new(SignalPoller(app.clone(), ask, read)));

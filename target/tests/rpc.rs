@@ -148,6 +148,24 @@ fn parameters_as_spdk_rpc_sends_them() {
     t.stop();
 }
 
+/// As when a target that was killed with I/O in flight is started again at once.
+#[test]
+fn a_file_that_is_let_go_of_in_time_is_taken() {
+    let target = Target::start(&[]);
+    let file = target.file("disk", 1 << 20);
+    let held = std::fs::File::open(&file).unwrap();
+    held.lock().unwrap();
+    std::thread::scope(|s| {
+        let params = json!({"filename": file, "name": "U0", "block_size": 512});
+        let made = s.spawn(|| target.call("bdev_uring_create", params));
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        // Nobody else is kept waiting.
+        assert_eq!(target.call("bdev_get_bdevs", Value::Null), Ok(json!([])));
+        drop(held);
+        assert_eq!(made.join().unwrap(), Ok(json!("U0")));
+    });
+}
+
 #[test]
 fn refusals_have_spdks_codes_and_name_what_is_wrong() {
     let t = Target::start(&[]);

@@ -1,9 +1,11 @@
 //! `bdev_malloc_*`, `bdev_null_*`, `bdev_uring_*`, `bdev_aio_*`, `bdev_delay_*`, `bdev_error_*`: one kind of bdev each.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use bdev::{Manager, OnGone, Op, delay, error, malloc, null, uring};
 use rpc::{MethodTable, Responder, RpcError, States};
+use rustix::io::Errno;
 use serde::Deserialize;
 use uuid::Uuid;
 
@@ -20,14 +22,14 @@ pub(super) fn register(t: &mut MethodTable<App>) {
         delete(app, &p.name, r, |m, gone| m.delete::<null::Null>(&p.name, gone));
     });
     t.method_sync::<NullResize, _>("bdev_null_resize", States::RUNTIME, null_resize);
-    t.method_sync::<UringCreate, _>("bdev_uring_create", States::RUNTIME, uring_create);
+    t.method::<UringCreate>("bdev_uring_create", States::RUNTIME, uring_create);
     t.method_sync::<Name, _>("bdev_uring_rescan", States::RUNTIME, |app, p| {
         rescan(app, "bdev_uring_rescan", &p.name, uring::Kind::Uring)
     });
     t.method::<Name>("bdev_uring_delete", States::RUNTIME, |app, p, r| {
         delete(app, &p.name, r, |m, gone| uring::delete(m, &p.name, uring::Kind::Uring, gone));
     });
-    t.method_sync::<AioCreate, _>("bdev_aio_create", States::RUNTIME, aio_create);
+    t.method::<AioCreate>("bdev_aio_create", States::RUNTIME, aio_create);
     t.method_sync::<Name, _>("bdev_aio_rescan", States::RUNTIME, |app, p| {
         rescan(app, "bdev_aio_rescan", &p.name, uring::Kind::Aio)
     });
@@ -236,13 +238,39 @@ struct UringCreate {
     uuid: Option<Uuid>,
 }
 
-fn uring_create(app: &mut App, p: UringCreate) -> Result<String, RpcError> {
+fn uring_create(app: &mut App, p: UringCreate, r: Responder) {
     let params = uring::Params {
         block_size: given(p.block_size),
         uuid: p.uuid,
         ..uring::Params::new(&p.name, &p.filename)
     };
-    uring::create(&app.manager, params).map_err(|e| bdev_error("bdev_uring_create", &p.name, &e))
+    create_file_bdev(app, params, Instant::now() + LOCK_TIME, r);
+}
+
+/// How long a file may stay in use. A program that was killed keeps its files as long as its I/O is in flight, while the next
+/// one starts.
+const LOCK_TIME: Duration = Duration::from_secs(5);
+/// Between two tries.
+const LOCK_RETRY: Duration = Duration::from_millis(50);
+
+fn create_file_bdev(app: &mut App, params: uring::Params, until: Instant, r: Responder) {
+    match uring::create(&app.manager, params.clone()) {
+        Ok(name) => r.ok(name),
+        Err(bdev::Error::System { source: Errno::BUSY, .. })
+            if Instant::now() < until && !app.shutting_down() =>
+        {
+            app.later(move |_, cx| {
+                let control = cx.handle().clone();
+                cx.after(LOCK_RETRY, move |_| {
+                    App::send(&control, move |app, _| create_file_bdev(app, params, until, r));
+                });
+            });
+        }
+        Err(e) => {
+            let error = bdev_error(r.method(), &params.name, &e);
+            r.err(error);
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -261,7 +289,7 @@ struct AioCreate {
     _nowait: bool,
 }
 
-fn aio_create(app: &mut App, p: AioCreate) -> Result<String, RpcError> {
+fn aio_create(app: &mut App, p: AioCreate, r: Responder) {
     let params = uring::Params {
         block_size: given(p.block_size),
         uuid: p.uuid,
@@ -270,7 +298,7 @@ fn aio_create(app: &mut App, p: AioCreate) -> Result<String, RpcError> {
         kind: uring::Kind::Aio,
         ..uring::Params::new(&p.name, &p.filename)
     };
-    uring::create(&app.manager, params).map_err(|e| bdev_error("bdev_aio_create", &p.name, &e))
+    create_file_bdev(app, params, Instant::now() + LOCK_TIME, r);
 }
 
 fn rescan(app: &App, method: &str, name: &str, kind: uring::Kind) -> Result<bool, RpcError> {
