@@ -195,14 +195,7 @@ impl IoChannel {
         let mut waiting_for = self.inflight() - 1;
         self.slots[slot as usize].step = Step::Reset;
         if self.limits.native.has(Op::Reset) {
-            let request = IoRequest {
-                op: Op::Reset,
-                flags: Flags::NONE,
-                lba: 0,
-                blocks: 0,
-                segments: Segments::new(),
-                cookie: u64::from(slot),
-            };
+            let request = IoRequest::reset(u64::from(slot));
             // A backend too full to take it cannot abort; its requests end by themselves and the reset with them.
             if self.backend.submit(request).is_ok() {
                 self.at_backend += 1;

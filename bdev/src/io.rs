@@ -97,6 +97,13 @@ pub struct IoRequest {
     pub cookie: u64,
 }
 
+impl IoRequest {
+    /// A reset: ends what can be ended.
+    pub fn reset(cookie: u64) -> Self {
+        Self { op: Op::Reset, flags: Flags::NONE, lba: 0, blocks: 0, segments: Segments::new(), cookie }
+    }
+}
+
 /// How an I/O ended. Kept small and `Copy`; the front ends map it to errno, `NBD_E*` or `VIRTIO_BLK_S_*`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Status {

@@ -57,11 +57,6 @@ pub(super) fn flush(cookie: u64) -> IoRequest {
     IoRequest { op: Op::Flush, flags: Flags::NONE, lba: 0, blocks: 0, segments: Segments::new(), cookie }
 }
 
-/// Ends what the bdev can end.
-pub(super) fn reset(cookie: u64) -> IoRequest {
-    IoRequest { op: Op::Reset, ..flush(cookie) }
-}
-
 /// As NBD says it. The kernel makes EIO of every error.
 pub(super) fn answer(status: Status) -> Result<(), ErrorCode> {
     if status == Status::Ok { Ok(()) } else { Err(error_code(status)) }

@@ -32,6 +32,8 @@ const RESET: u64 = u64::MAX;
 pub(super) struct Shared {
     /// The kernel sends nothing more: lanes take no more requests, and end.
     pub stop: AtomicBool,
+    /// The kernel keeps the device and what it has not been answered, for the next run of the program.
+    pub keep: AtomicBool,
     /// Connections that have broken off while the bdev still works on requests of theirs.
     ///
     /// The kernel sends such requests again on another connection. If that one were executed, answered, and followed by
@@ -80,6 +82,8 @@ struct Lane {
     ended: Option<Box<dyn FnOnce(Ended) + Send>>,
     /// Since when the disk is being stopped.
     stopping: Option<Instant>,
+    /// Nothing is answered any more: the kernel asks the next run.
+    silent: bool,
     id: Rc<Cell<Option<PollerId>>>,
     /// Keeps the reactor's pools alive.
     _buffers: Rc<Buffers>,
@@ -131,6 +135,7 @@ pub(super) fn start(cx: &mut Turn<'_>, parts: Parts) -> Result<(), String> {
         fencing: false,
         ended: Some(parts.ended),
         stopping: None,
+        silent: false,
         id: id.clone(),
         _buffers: buffers,
     };
@@ -220,7 +225,7 @@ impl Lane {
     }
 
     fn finished(&mut self, cookie: u64, status: Status) {
-        if cookie == RESET {
+        if cookie == RESET || self.silent {
             return;
         }
         if std::mem::take(&mut self.then_flush[cookie as usize]) && status == Status::Ok {
@@ -279,15 +284,22 @@ impl Lane {
         if self.ended.is_none() || !self.shared.stop.load(Ordering::Acquire) {
             return;
         }
+        let keep = self.shared.keep.load(Ordering::Relaxed);
         match self.stopping {
+            None if keep => self.stopping = Some(cx.now),
             None => {
                 self.stopping = Some(cx.now);
                 // Refused if the bdev is gone, which has ended them then.
-                let _ = self.channel.submit(bridge::reset(RESET));
+                let _ = self.channel.submit(IoRequest::reset(RESET));
             }
             Some(since) if cx.now.duration_since(since) >= GRACE => {
                 let (bdev, requests) = (&self.channel.info().name, self.connection.in_flight());
-                tracing::warn!(bdev, requests, "an NBD disk is stopped although requests have not ended");
+                if keep {
+                    // What the end of the program makes of them is no answer.
+                    self.silent = true;
+                } else {
+                    tracing::warn!(bdev, requests, "an NBD disk is stopped although requests have not ended");
+                }
                 self.report(cx, Ended { orderly: true, why: "the disk is stopped".into() });
             }
             Some(_) => {}

@@ -169,6 +169,7 @@ fn go_on(app: &mut App, key: Key, objection: &Objection) {
 /// The kernel sends nothing more: let the lanes end, and see that the device gets free.
 fn disconnected(app: &mut App, key: Key, end: Option<KernelEnd>) {
     let index = with(app, key, |disk| {
+        disk.shared.keep.store(end == Some(KernelEnd::Kept), Ordering::Relaxed);
         disk.shared.stop.store(true, Ordering::Release);
         disk.index
     });

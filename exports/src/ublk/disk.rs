@@ -108,6 +108,8 @@ pub(super) struct Disk {
     pub(super) orders: Arc<Orders>,
     /// The process that writes back, while it does.
     pub(super) sync: Option<Child>,
+    /// It is left to the kernel, for the next run of the program: nothing of it is answered any more.
+    pub(super) kept: bool,
     /// A stop was asked for while it was starting.
     pub(super) cancelled: bool,
     /// Why it did not start.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
-use bdev::{Completions, Descriptor, Flags, IoChannel, IoRequest, Op, Segments, Status};
+use bdev::{Completions, Descriptor, IoChannel, IoRequest, Status};
 use iobuf::{Buffer, Registry};
 use reactor::{Handle, Polled, Poller, PollerId, Turn};
 use rustix::io::Errno;
@@ -261,16 +261,8 @@ impl Lane {
 
     /// Lets the bdev end what waits, for instance for a server that is away.
     fn abort(&mut self) {
-        let reset = IoRequest {
-            op: Op::Reset,
-            flags: Flags::NONE,
-            lba: 0,
-            blocks: 0,
-            segments: Segments::new(),
-            cookie: RESET,
-        };
         // Refused if the bdev is gone, which has ended them then.
-        let _ = self.channel.submit(reset);
+        let _ = self.channel.submit(IoRequest::reset(RESET));
     }
 
     /// From now on every request fails, and the control thread hears of it.

@@ -85,6 +85,7 @@ impl Target {
             lanes: Lanes::default(),
             orders: Arc::default(),
             sync: None,
+            kept: false,
             cancelled: false,
             failure: None,
             starter: None,

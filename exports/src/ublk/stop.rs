@@ -115,7 +115,7 @@ impl Target {
     pub(super) fn give_up(&mut self, cx: &mut Turn<'_>) {
         let syncing = |d: &&Disk| d.stage == Stage::Syncing;
         let syncing: Vec<u32> = self.disks.values().filter(syncing).map(|d| d.spec.id).collect();
-        for disk in self.disks.values_mut().filter(|d| !d.recovering || d.stage.is_ending()) {
+        for disk in self.disks.values_mut().filter(|d| !d.kept && (!d.recovering || d.stage.is_ending())) {
             disk.orders.fail();
             disk.lanes.wake();
         }
@@ -252,7 +252,7 @@ impl Target {
             let users = host::users(&disk_name(id));
             let Some(disk) = self.disks.get_mut(&id).filter(|_| !users.is_empty()) else { continue };
             tracing::warn!("{}: kept for the next run of the program", users.join("; "));
-            disk.recovering = true;
+            (disk.kept, disk.recovering) = (true, true);
             disk.failure = Some(Failure::new(Errno::CANCELED, "the program has ended"));
             self.abandon(cx, id);
         }

@@ -209,16 +209,8 @@ impl DiskChannel for BdevChannel {
         for request in std::mem::take(&mut self.backlog) {
             self.end(request.cookie, BlkStatus::IoError);
         }
-        let reset = IoRequest {
-            op: Op::Reset,
-            flags: Flags::NONE,
-            lba: 0,
-            blocks: 0,
-            segments: Segments::new(),
-            cookie: RESET,
-        };
         // Refused if the bdev is gone, which has ended them then.
-        let _ = self.channel.submit(reset);
+        let _ = self.channel.submit(IoRequest::reset(RESET));
         self.channel.kick();
     }
 

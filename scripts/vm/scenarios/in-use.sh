@@ -10,9 +10,12 @@ must wait_for test -c /dev/ublk-control
 mkdir -p $MNT
 cat >/run/server.json <<'JSON'
 {"subsystems": [
-  {"subsystem": "bdev", "config": [{"method": "bdev_malloc_create", "params": {"name": "M", "num_blocks": 131072, "block_size": 512}}]},
+  {"subsystem": "bdev", "config": [
+    {"method": "bdev_malloc_create", "params": {"name": "M", "num_blocks": 131072, "block_size": 512}},
+    {"method": "bdev_malloc_create", "params": {"name": "N", "num_blocks": 131072, "block_size": 512}}]},
   {"subsystem": "nbd_server", "config": [
     {"method": "nbd_server_create_export", "params": {"name": "m", "bdev_name": "M"}},
+    {"method": "nbd_server_create_export", "params": {"name": "n", "bdev_name": "N"}},
     {"method": "nbd_server_add_listener", "params": {"path": "/run/server.sock"}}]}]}
 JSON
 "$BIN_DIR/rnbd-target" -c /run/server.json -r /run/server-rpc.sock >"$OUT_DIR/server.log" 2>&1 </dev/null &
@@ -45,7 +48,7 @@ is_free() {
     *) [[ $(cat "/sys/block/${DEV#/dev/}/size") == 0 ]] ;;
   esac
 }
-writes() { echo "$1" >"$MNT/$1" && sync -f "$MNT/$1" && [[ $(cat "$MNT/$1") == "$1" ]]; }
+writes() { echo "$1" >"${2:-$MNT}/$1" && sync -f "${2:-$MNT}/$1" && [[ $(cat "${2:-$MNT}/$1") == "$1" ]]; }
 
 for kind in ublk nbd; do
   case $kind in ublk) use=(--ublk) ;; nbd) use=(--nbd /dev/nbd0) ;; esac
@@ -100,11 +103,13 @@ done
 say "a service that is stopped and started"
 cat >/run/service.json <<'JSON'
 {"subsystems": [
-  {"subsystem": "bdev", "config": [{"method": "bdev_nbd_create", "params": {"name": "R", "uri": "nbd+unix:///m?socket=/run/server.sock"}}]},
+  {"subsystem": "bdev", "config": [
+    {"method": "bdev_nbd_create", "params": {"name": "R", "uri": "nbd+unix:///m?socket=/run/server.sock"}},
+    {"method": "bdev_nbd_create", "params": {"name": "S", "uri": "nbd+unix:///n?socket=/run/server.sock"}}]},
   {"subsystem": "ublk", "config": [
     {"method": "ublk_create_target", "params": {}},
     {"method": "ublk_start_disk", "params": {"bdev_name": "R", "ublk_id": 3}}]},
-  {"subsystem": "nbd", "config": [{"method": "nbd_start_disk", "params": {"bdev_name": "R", "nbd_device": "/dev/nbd1"}}]}]}
+  {"subsystem": "nbd", "config": [{"method": "nbd_start_disk", "params": {"bdev_name": "S", "nbd_device": "/dev/nbd1"}}]}]}
 JSON
 service() {
   "$PROGRAM" -c /run/service.json -r /run/service.sock >>"$OUT_DIR/service.log" 2>&1 </dev/null &
@@ -126,6 +131,27 @@ check "the next run takes it over: a write that waited" wait_for _is_dead $write
 wait $writer
 check_eq "succeeds" $? 0
 check "nothing is lost" test "$(cat $MNT/four $MNT/five | xargs)" = "four five"
+
+say "the same, with writes that wait for a server"
+must mkfs.ext4 -q -F /dev/nbd1
+mkdir -p ${MNT}2
+must mount /dev/nbd1 ${MNT}2
+kill -STOP "$SERVER_PID"
+writes six & writers=($!)
+writes seven ${MNT}2 & writers+=($!)
+busy() { grep -q '[1-9]' /sys/block/ublkb3/inflight && grep -q '[1-9]' /sys/block/nbd1/inflight; }
+check "both devices have requests in flight" wait_for busy
+kill -TERM "$PID"
+ends "the service"
+kill -CONT "$SERVER_PID"
+must service
+for writer in "${writers[@]}"; do
+  check "what waited is done" wait_for _is_dead "$writer"
+  wait "$writer"
+  check_eq "without an error" $? 0
+done
+check "nothing is lost" test "$(cat $MNT/six ${MNT}2/seven | xargs)" = "six seven"
+must umount ${MNT}2
 must umount $MNT
 kill -TERM "$PID"
 ends "the service, unmounted"
