@@ -348,13 +348,16 @@ without_terminal() {
   wait_while $pid "that it rests" rests $pid || return
   kill -TERM $pid
   wait $pid || { echo "status $?"; return 1; }
-  ./rnbd-target -r hup.sock >hup.log 2>&1 &
+  # Whoever runs this may have been started by nohup, too.
+  env --default-signal=HUP ./rnbd-target -r hup.sock >hup.log 2>&1 &
   pid=$!
   wait_while $pid "an answer" "$rpc" hup.sock rpc_get_methods || return
   kill -HUP $pid
+  wait_for "its end" is_gone $pid || { kill -KILL $pid; return 1; }
   wait $pid || rc=$?
   [[ $rc == 0 ]] && grep -q 'shutting down' hup.log && [[ ! -e hup.sock ]] || { echo "status $rc"; cat hup.log; return 1; }
 }
+is_gone() { [[ ! -e /proc/$1 || $(awk '{print $3}' "/proc/$1/stat") == Z ]]; }
 # rests PID: every thread sleeps, in 20 looks.
 rests() {
   local i
