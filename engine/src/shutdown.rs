@@ -56,11 +56,11 @@ impl App {
         let in_use = subsystems.flat_map(|s| s.in_use(self));
         let lost: Vec<String> =
             in_use.filter(|u| !(u.kept && self.keeps_devices())).map(|u| u.text).collect();
-        let insists = ask == Ask::Once && std::mem::replace(&mut self.shutdown.refused, true);
+        let insists = ask == Ask::Once && self.shutdown.refused;
         if lost.is_empty() || insists {
             return self.shutdown(cx);
         }
-        self.shutdown.refused = ask == Ask::Once;
+        self.shutdown.refused |= ask == Ask::Once;
         match self.on_refusal {
             Some(tell) => tell(&lost),
             None => tracing::warn!(

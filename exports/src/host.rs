@@ -3,6 +3,12 @@
 use std::fs;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+/// How long [`sync`] may take before a device is stopped all the same.
+pub(crate) const SYNC_TIME: Duration = Duration::from_secs(30);
+/// How often it is looked after.
+pub(crate) const SYNC_POLL: Duration = Duration::from_millis(10);
 
 /// Starts to write back the page cache of the disk `disk` ("ublkb0") and its partitions.
 ///

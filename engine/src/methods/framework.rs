@@ -99,21 +99,25 @@ const FAREWELL: Duration = Duration::from_millis(10);
 
 fn kill(app: &mut App, p: Kill, r: Responder) {
     use rustix::process::{Signal as Kernel, getpid, kill_process};
-    let signal = match p.sig_name {
-        // What the handler of these does; not through the kernel, so that it reaches this instance only.
-        Signal::SigInt | Signal::SigTerm => Err(Ask::Once),
-        Signal::SigHup => Err(Ask::HangUp),
-        Signal::SigQuit => Ok(Kernel::QUIT),
-        Signal::SigKill => Ok(Kernel::KILL),
-        Signal::SigUsr1 => Ok(Kernel::USR1),
+    /// What the handler of a signal does, so that it reaches this instance only; or the signal itself.
+    enum Way {
+        Ask(Ask),
+        Send(Kernel),
+    }
+    let way = match p.sig_name {
+        Signal::SigInt | Signal::SigTerm => Way::Ask(Ask::Once),
+        Signal::SigHup => Way::Ask(Ask::HangUp),
+        Signal::SigQuit => Way::Send(Kernel::QUIT),
+        Signal::SigKill => Way::Send(Kernel::KILL),
+        Signal::SigUsr1 => Way::Send(Kernel::USR1),
     };
     r.ok(true);
     app.later(move |_, cx| {
         let control = cx.handle().clone();
         cx.after(FAREWELL, move |_| {
-            App::send(&control, move |app, cx| match signal {
-                Err(ask) => app.end(cx, ask),
-                Ok(signal) => {
+            App::send(&control, move |app, cx| match way {
+                Way::Ask(ask) => app.end(cx, ask),
+                Way::Send(signal) => {
                     if let Err(error) = kill_process(getpid(), signal) {
                         tracing::error!(%error, "cannot send the signal that spdk_kill_instance asked for");
                     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use engine::App;
 use nbd_poll::kernel::netlink::Netlink;
@@ -27,11 +27,6 @@ pub(super) enum How {
     /// The program ends. A device that is mounted is kept for the next run, if it can be taken over then.
     Shutdown,
 }
-
-/// How long cached writes may take.
-const SYNC_TIME: Duration = Duration::from_secs(30);
-/// How often the process that writes them back is looked after.
-const SYNC_POLL: Duration = Duration::from_millis(10);
 
 /// What is to be done with the kernel's device.
 struct Job {
@@ -127,8 +122,8 @@ fn write_back(job: &Job) -> Result<(), String> {
             Ok(Some(status)) if status.success() => return Ok(()),
             Ok(Some(status)) => return Err(format!("sync: {status}")),
             Err(e) => return Err(format!("sync: {e}")),
-            Ok(None) if job.hurry.load(Ordering::Relaxed) || since.elapsed() >= SYNC_TIME => break,
-            Ok(None) => std::thread::sleep(SYNC_POLL),
+            Ok(None) if job.hurry.load(Ordering::Relaxed) || since.elapsed() >= host::SYNC_TIME => break,
+            Ok(None) => std::thread::sleep(host::SYNC_POLL),
         }
     }
     // It ends when the device does.

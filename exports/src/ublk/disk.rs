@@ -72,8 +72,6 @@ impl Stage {
 
 /// How long one stage may be tried again and again.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
-/// How long cached writes may take at a stop.
-pub(super) const SYNC_TIME: Duration = Duration::from_secs(30);
 
 /// What is asked for.
 #[derive(Clone, Debug)]

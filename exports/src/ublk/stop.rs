@@ -1,6 +1,6 @@
 //! The second half of a disk's life: from the stop to a free number.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bdev::Mode;
 use engine::InUse;
@@ -10,13 +10,10 @@ use rustix::io::Errno;
 use ublk_poll::{Command, DevState, Reply};
 
 use super::bridge;
-use super::disk::{Disk, Failure, SYNC_TIME, Stage};
+use super::disk::{Disk, Failure, Stage};
 use super::leftover;
 use super::target::{Owner, Target, disk_name, no_disk, no_target};
 use crate::host;
-
-/// How often a process that writes back is looked after.
-const SYNC_POLL: Duration = Duration::from_millis(10);
 
 /// A device that an earlier run of the program left, on its way out.
 pub(super) struct Removal {
@@ -153,9 +150,9 @@ impl Target {
         let Some(disk) = self.disks.get_mut(&id).filter(|d| d.stage == Stage::Syncing) else { return };
         let Some(mut child) = disk.sync.take() else { return };
         match child.try_wait() {
-            Ok(None) if disk.since.elapsed() < SYNC_TIME => {
+            Ok(None) if disk.since.elapsed() < host::SYNC_TIME => {
                 disk.sync = Some(child);
-                cx.after(SYNC_POLL, move |cx| Self::with(cx, |target, cx| target.check_sync(cx, id)));
+                cx.after(host::SYNC_POLL, move |cx| Self::with(cx, |target, cx| target.check_sync(cx, id)));
                 return;
             }
             Ok(None) => {
