@@ -9,6 +9,7 @@ import concurrent.futures
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -46,7 +47,12 @@ def run(program):
         errors="replace",
     )
     print(f"     Running {os.path.relpath(source)} ({time.monotonic() - began:.0f} s)\n{done.stdout}", flush=True)
-    return None if done.returncode == 0 else f"{os.path.relpath(source)}: status {done.returncode}"
+    if done.returncode == 0:
+        return None
+    # Under this heading libtest prints the messages of the tests that failed, and their names. Backtraces stay above.
+    told = done.stdout[max(done.stdout.find("\nfailures:\n"), 0) :].strip().splitlines()
+    told = [line[:300] for line in told if not re.match(r"\s+(\d+: |at )", line)][-30:]
+    return "\n".join(told) + f"\nfailed: {os.path.relpath(source)}: status {done.returncode}"
 
 
 def main():
@@ -59,8 +65,9 @@ def main():
     with concurrent.futures.ThreadPoolExecutor((os.cpu_count() or 1) + 1) as pool:
         failed = [failure for failure in pool.map(run, tests) if failure]
     doc = subprocess.run(["cargo", "test", *arguments, "--doc"]).returncode if with_docs else 0
+    # Once more at the end, where whoever sees only the end of the log looks.
     for failure in failed:
-        print("failed:", failure)
+        print(failure)
     sys.exit(bool(failed) or doc)
 
 

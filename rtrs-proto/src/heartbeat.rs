@@ -61,7 +61,8 @@ impl Heartbeat {
     pub const fn on_ack(&mut self, now_ns: u64) {
         self.on_traffic();
         if let Some(sent) = self.sent_ns.take() {
-            self.latency_ns = Some(now_ns.saturating_sub(sent));
+            // A clock that stands still during a turn of its reactor can show the same time twice.
+            self.latency_ns = Some(if now_ns > sent { now_ns - sent } else { 1 });
         }
     }
 
@@ -91,7 +92,7 @@ impl Heartbeat {
         if self.dead { None } else { Some(self.next_tick_ns) }
     }
 
-    /// Time from the last answered heartbeat to its answer, in nanoseconds; `None` before the first.
+    /// Time from the last answered heartbeat to its answer, in nanoseconds, at least 1; `None` before the first.
     pub const fn latency_ns(&self) -> Option<u64> {
         self.latency_ns
     }
@@ -148,6 +149,14 @@ mod tests {
         assert_eq!(hb.poll(1000 * SEC), Hb::SendMsg);
         assert_eq!(hb.poll(1001 * SEC), Hb::Nothing);
         assert_eq!(hb.deadline(), Some(1005 * SEC));
+    }
+
+    #[test]
+    fn an_answer_in_the_same_turn_is_a_latency() {
+        let mut hb = Heartbeat::new(Config::default(), 0);
+        assert_eq!(hb.poll(5 * SEC), Hb::SendMsg);
+        hb.on_ack(5 * SEC);
+        assert_eq!(hb.latency_ns(), Some(1), "0 stands for a path without an answer");
     }
 
     #[test]
