@@ -10,7 +10,7 @@ FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO, PAYLOAD_LEN = (1 << i for i in range(6))
 NONE, OFFSET_DATA, OFFSET_HOLE, STATUS, BLOCK_STATUS_EXT, ERROR, ERROR_OFFSET = 0, 1, 2, 5, 6, 0x8001, 0x8002
 EXPORT_NAME, ABORT, LIST, PEEK_EXPORT, STARTTLS, INFO, GO, STRUCTURED_REPLY, LIST_META, SET_META, EXTENDED = range(1, 12)
 ACK = 1
-UNSUP, POLICY, INVALID, PLATFORM, TLS_REQD, UNKNOWN, SHUTDOWN, BLOCK_SIZE_REQD, TOO_BIG, EXT_REQD = (
+UNSUP, POLICY, INVALID, PLATFORM, TLS_REQD, UNKNOWN, SHUTDOWN, _, TOO_BIG, EXT_REQD = (
     (1 << 31) + i for i in range(1, 11))
 CLOSED = "closed"
 
@@ -192,7 +192,6 @@ HOSTILE_HANDSHAKES = [
     ("GO with too few types", started((GO, name(b"disk") + b"\0\0\0\3")), [INVALID]),
     ("GO with bad UTF-8", started((GO, info(b"\xff\xfe"))), [INVALID]),
     ("GO with NUL", started((GO, info(b"di\0sk"))), [INVALID]),
-    ("GO for large blocks unasked", started((GO, info(b"4k"))), [BLOCK_SIZE_REQD]),
     ("context without structured replies", started((SET_META, meta(b"disk", b"base:allocation"))), [INVALID]),
     ("contexts of nobody", started((STRUCTURED_REPLY,), (SET_META, meta(b"none", b"base:allocation"))), [ACK, UNKNOWN]),
     ("query without a colon", started((STRUCTURED_REPLY,), (LIST_META, meta(b"disk", b"base"))), [ACK, INVALID]),

@@ -141,7 +141,6 @@ fuzz_target!(|input: &[u8]| {
     if let Some(chosen) = chosen {
         assert!(chosen.export < 10 && chosen.export != 5);
         assert!(chosen.option == 0 || bytes.windows(8).any(|w| w == IHAVEOPT.to_be_bytes()));
-        assert!(chosen.export != 4 || chosen.knows_sizes || chosen.option == opt::EXPORT_NAME);
         let agreed = chosen.agreed;
         assert!(!agreed.allocation || agreed.framing.has_chunks());
         assert!(agreed.framing != Framing::Extended || settings.extended && chosen.option == opt::GO);

@@ -16,6 +16,7 @@ fuzz_target!(|input: &[u8]| {
     let export = Export {
         size: u64::from(*blocks) << (shift & 31) << 9,
         block_size,
+        any_range: f1 & 128 != 0,
         max_payload: 4096,
         flags: TransmissionFlags(u16::from_be_bytes([*f0, *f1])),
     };
@@ -82,7 +83,13 @@ fn take(machine: &mut Transmission, staged: &mut Vec<u8>) -> bool {
 
 fn check(r: &Request, export: &Export) {
     let (block, len) = (u64::from(export.block_size), r.len());
-    assert!(r.offset().is_multiple_of(block) && len.is_multiple_of(block) && r.offset() + len <= export.size);
+    let whole = r.offset().is_multiple_of(block) && len.is_multiple_of(block);
+    assert!((whole || export.any_range) && r.offset() + len <= export.size);
+    let cover = r.cover(export.block_size);
+    assert!(cover.offset.is_multiple_of(block) && cover.len.is_multiple_of(block));
+    assert!(cover.offset + u64::from(cover.before) == r.offset() && u64::from(cover.before) < block);
+    assert!(u64::from(cover.before) + len <= cover.len && cover.len < len + 2 * block);
+    assert!(!export.size.is_multiple_of(block) || cover.offset + cover.len <= export.size);
     assert_eq!(len == 0, r.command() == Command::Flush);
     assert!(!r.command().modifies() || !export.flags.has(TransmissionFlags::READ_ONLY));
     assert!(

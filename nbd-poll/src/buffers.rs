@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use iobuf::{Buffer, MapError, Pool, Region, Registry};
+use iobuf::{Buffer, MapError, Pool, Region, Registry, Segment};
 use smallvec::SmallVec;
 
 use crate::Segments;
@@ -121,23 +121,33 @@ impl Buffers {
 }
 
 impl Data {
-    /// The first `len` bytes. Empty if there are fewer.
+    /// `len` bytes from byte `start` on, or as many as there are.
     ///
     /// # Safety
     /// Keep `self` until the I/O that carries the segments has completed.
-    pub(crate) unsafe fn segments(&self, len: usize) -> Segments {
+    pub(crate) unsafe fn segments(&self, start: usize, len: usize) -> Segments {
         let mut segments = Segments::new();
         match self {
             Self::None => {}
-            // SAFETY: the caller keeps `self`, and with it the region.
-            Self::Own(own) => segments.extend(unsafe { own.region.segment(0, len.min(own.len)) }),
+            Self::Own(own) => {
+                let len = len.min(own.len.saturating_sub(start));
+                // SAFETY: the caller keeps `self`, and with it the region.
+                segments.extend(unsafe { own.region.segment(start, len) }.filter(|s| s.len > 0));
+            }
             Self::Pooled(buffers) => {
-                let mut left = len;
+                let (mut skip, mut left) = (start, len);
                 for buffer in buffers {
-                    let n = left.min(buffer.len());
-                    // SAFETY: as above; each buffer is lent to this request alone.
-                    segments.extend(unsafe { buffer.segment(n) }.filter(|s| s.len > 0));
+                    let from = skip.min(buffer.len());
+                    skip -= from;
+                    let n = left.min(buffer.len() - from);
                     left -= n;
+                    // SAFETY: as above; each buffer is lent to this request alone.
+                    let segment = unsafe { buffer.segment(from + n) }.filter(|_| n > 0);
+                    segments.extend(segment.map(|s| Segment {
+                        addr: s.addr + from as u64,
+                        len: n as u32,
+                        ..s
+                    }));
                 }
             }
         }
@@ -150,7 +160,7 @@ impl Data {
     /// Writes `byte` everywhere.
     pub(crate) fn fill(&mut self, byte: u8) {
         // SAFETY: exclusively borrowed, and no I/O.
-        for s in unsafe { self.segments(usize::MAX) } {
+        for s in unsafe { self.segments(0, usize::MAX) } {
             // SAFETY: the segment is `len` bytes of this memory.
             unsafe { s.as_ptr().write_bytes(byte, s.len as usize) };
         }
@@ -160,7 +170,7 @@ impl Data {
     pub(crate) fn poke(&mut self, at: usize, byte: u8) {
         let mut left = at;
         // SAFETY: exclusively borrowed, and no I/O.
-        for s in unsafe { self.segments(usize::MAX) } {
+        for s in unsafe { self.segments(0, usize::MAX) } {
             if left < s.len as usize {
                 // SAFETY: inside the segment.
                 return unsafe { s.as_ptr().add(left).write(byte) };
@@ -184,8 +194,12 @@ mod tests {
             let data = buffers.take(len).unwrap();
             assert_eq!(buffers.in_use(), (small, large), "{len}");
             // SAFETY: no I/O.
-            let segments = unsafe { data.segments(len) };
+            let segments = unsafe { data.segments(0, len) };
             assert_eq!(segments.iter().map(|s| s.len as usize).sum::<usize>(), len);
+            // SAFETY: no I/O.
+            let rest = unsafe { data.segments(300, len - 300) };
+            assert_eq!(rest.iter().map(|s| s.len as usize).sum::<usize>(), len - 300);
+            assert_eq!(rest[0].addr, segments[0].addr + 300);
         }
         assert_eq!(buffers.in_use(), (0, 0));
         let own = buffers.take(2 << 20).unwrap();

@@ -58,8 +58,9 @@ pub struct Incoming {
     pub id: RequestId,
     /// What to do.
     pub request: Request,
-    /// `READ`: where the data shall go. `WRITE`: where they are. Else empty. The connection keeps the memory until the
-    /// answer is given, and longer.
+    /// `READ`: where the data shall go. `WRITE`: where they are. Else empty. As long as the blocks that the range lies in
+    /// ([`Request::cover`]); of a `WRITE`, what is not in the range has no meaning yet. The connection keeps the memory
+    /// until the answer is given, and longer.
     pub segments: Segments,
 }
 
@@ -325,16 +326,11 @@ impl Connection {
         else {
             return pieces;
         };
-        let mut skip = (request.payload_len() - left) as usize;
         // SAFETY: the slot is in use until its request has been answered.
-        for s in unsafe { self.slots.segments(id, request.payload_len() as usize) } {
-            let now = skip.min(s.len as usize);
-            skip -= now;
-            let rest = s.len as usize - now;
-            if rest > 0 {
-                pieces.push(libc::iovec { iov_base: s.as_ptr().wrapping_add(now).cast(), iov_len: rest });
-            }
-        }
+        let rest = unsafe { self.slots.payload(id, request.payload_len(), left) };
+        pieces.extend(
+            rest.iter().map(|s| libc::iovec { iov_base: s.as_ptr().cast(), iov_len: s.len as usize }),
+        );
         pieces
     }
 
@@ -386,7 +382,7 @@ impl Connection {
             Event::Refused(refusal) => {
                 tracing::debug!(%refusal, "NBD");
                 let to = To { cookie: refusal.cookie, offset: refusal.offset };
-                let id = self.slots.enter(to, 0, crate::buffers::Data::None);
+                let id = self.slots.enter(to, 0, 0, crate::buffers::Data::None);
                 self.slots.refuse(id, refusal.error, refusal.why);
                 self.outbox.push(id);
             }
@@ -397,7 +393,7 @@ impl Connection {
     /// Gives memory to the request that waits for it. False if there is none.
     fn admit_waiting(&mut self, out: &mut Vec<Incoming>) -> bool {
         let Some(request) = self.waiting else { return true };
-        let len = request.data_len() as usize;
+        let len = self.memory_for(&request);
         if Buffers::is_own(len) && (self.slots.has_own() || !self.buffers.may_own(len)) {
             return false;
         }
@@ -414,7 +410,8 @@ impl Connection {
         self.waiting = None;
         let answer_len = if request.command() == Command::Read { request.data_len() } else { 0 };
         let to = To { cookie: request.cookie(), offset: request.offset() };
-        let id = self.slots.enter(to, answer_len, data);
+        let before = request.cover(self.machine.export().block_size).before;
+        let id = self.slots.enter(to, before, answer_len, data);
         if request.payload_len() > 0 {
             self.writing = Some(id);
         } else {
@@ -425,7 +422,7 @@ impl Connection {
 
     /// Whether [`Connection::admit_waiting`] would find memory now.
     fn has_memory_for(&self, request: &Request) -> bool {
-        let len = request.data_len() as usize;
+        let len = self.memory_for(request);
         let stuck = self.in_flight == 0 && self.outbox.is_empty();
         if Buffers::is_own(len) {
             !self.slots.has_own() && self.buffers.may_own(len)
@@ -434,8 +431,13 @@ impl Connection {
         }
     }
 
+    /// Bytes of memory for a request: the blocks of its data.
+    fn memory_for(&self, request: &Request) -> usize {
+        if request.data_len() == 0 { 0 } else { request.cover(self.machine.export().block_size).len as usize }
+    }
+
     fn hand_out(&mut self, id: RequestId, request: Request, out: &mut Vec<Incoming>) {
-        let len = request.data_len() as usize;
+        let len = self.memory_for(&request);
         // SAFETY: the slot keeps the memory until the request is answered.
         let segments = unsafe { self.slots.segments(id, len) };
         self.in_flight += 1;

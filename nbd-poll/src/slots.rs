@@ -18,6 +18,8 @@ pub struct RequestId(pub u32);
 #[derive(Debug, Default)]
 struct Slot {
     to: To,
+    /// Bytes of `data` in front of what the client sends or gets: those of the first block that are not in its range.
+    before: u32,
     /// Data that a good answer carries, bytes.
     answer_len: u32,
     data: Data,
@@ -51,11 +53,11 @@ impl Slots {
         self.own > 0
     }
 
-    /// A place for a request; `answer_len` bytes of `data` go out with a good answer.
+    /// A place for a request; `answer_len` bytes of `data` go out with a good answer, after the first `before`.
     ///
     /// # Panics
     /// Without room.
-    pub(crate) fn enter(&mut self, to: To, answer_len: u32, data: Data) -> RequestId {
+    pub(crate) fn enter(&mut self, to: To, before: u32, answer_len: u32, data: Data) -> RequestId {
         let index = self.free.pop().unwrap_or_else(|| {
             assert!(self.slots.len() < MAX_IN_FLIGHT, "has_room was asked");
             self.slots.push(Slot::default());
@@ -63,17 +65,28 @@ impl Slots {
         });
         self.own += usize::from(matches!(data, Data::Own(_)));
         let slot = &mut self.slots[index as usize];
-        (slot.to, slot.answer_len, slot.data, slot.used) = (to, answer_len, data, true);
+        (slot.to, slot.before, slot.answer_len) = (to, before, answer_len);
+        (slot.data, slot.used) = (data, true);
         RequestId(index)
     }
 
-    /// The request's memory, its first `len` bytes.
+    /// The request's memory for the device: whole blocks, `len` bytes.
     ///
     /// # Safety
     /// As for [`Data::segments`]: the slot stays in use until the I/O has completed.
     pub(crate) unsafe fn segments(&self, id: RequestId, len: usize) -> Segments {
         // SAFETY: the caller's promise.
-        unsafe { self.slots[id.0 as usize].data.segments(len) }
+        unsafe { self.slots[id.0 as usize].data.segments(0, len) }
+    }
+
+    /// Where the last `left` of the `len` bytes go that the client sends.
+    ///
+    /// # Safety
+    /// As for [`Slots::segments`].
+    pub(crate) unsafe fn payload(&self, id: RequestId, len: u32, left: u32) -> Segments {
+        let slot = &self.slots[id.0 as usize];
+        // SAFETY: the caller's promise.
+        unsafe { slot.data.segments((slot.before + len - left) as usize, left as usize) }
     }
 
     /// Makes the answer of a request that was executed. False if there is no such request.
@@ -132,7 +145,7 @@ impl Slots {
     pub(crate) unsafe fn reply(&self, id: RequestId) -> (&[u8], &[u8], Segments) {
         let slot = &self.slots[id.0 as usize];
         // SAFETY: the caller's promise.
-        let data = unsafe { slot.data.segments(slot.answer_len as usize) };
+        let data = unsafe { slot.answer() };
         (slot.reply.as_bytes(), &slot.extents, data)
     }
 
@@ -159,13 +172,24 @@ impl Slots {
     }
 }
 
+impl Slot {
+    /// The data of the answer.
+    ///
+    /// # Safety
+    /// As for [`Data::segments`].
+    unsafe fn answer(&self) -> Segments {
+        // SAFETY: the caller's promise.
+        unsafe { self.data.segments(self.before as usize, self.answer_len as usize) }
+    }
+}
+
 /// Whether all the data of the answer are zeroes.
 ///
 /// # Safety
 /// Nobody writes to the memory of `slot` meanwhile.
 unsafe fn is_zero(slot: &Slot) -> bool {
     // SAFETY: the slot keeps its memory for as long as it is borrowed.
-    let segments = unsafe { slot.data.segments(slot.answer_len as usize) };
+    let segments = unsafe { slot.answer() };
     segments.iter().all(|s| {
         // SAFETY: `len` bytes that the slot owns; the caller vouches that nobody writes.
         let bytes = unsafe { std::slice::from_raw_parts(s.as_ptr(), s.len as usize) };
@@ -192,7 +216,7 @@ mod tests {
             if let Some(at) = at {
                 data.poke(at, 1);
             }
-            let id = slots.enter(To { cookie: 1, offset: 0 }, len as u32, data);
+            let id = slots.enter(To { cookie: 1, offset: 0 }, 0, len as u32, data);
             assert!(slots.answer(id, Ok(())));
             let hole = slots.reply_len(id) == 32;
             assert_eq!(hole, at.is_none(), "{len} {at:?}");

@@ -18,7 +18,7 @@ const SIZE: usize = 8 << 20;
 
 fn export() -> Export {
     let flags = TransmissionFlags(0b1_0110_1101);
-    Export { size: SIZE as u64, block_size: 512, max_payload: 4 << 20, flags }
+    Export { size: SIZE as u64, block_size: 512, any_range: false, max_payload: 4 << 20, flags }
 }
 
 fn header(command: u16, cookie: u64, offset: usize, length: usize) -> RequestHeader {

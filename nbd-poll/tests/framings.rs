@@ -208,6 +208,7 @@ fn talk(framing: Framing, asks: &[Ask], out: usize, max_in: usize) -> (Vec<u8>, 
     let export = Export {
         size: (COUNT * PIECE) as u64,
         block_size: 512,
+        any_range: false,
         max_payload: PIECE as u32,
         flags: TransmissionFlags(flags),
     };

@@ -9,7 +9,7 @@
 //! | a flag that the command has not, or not offered   | EINVAL                                    |
 //! | a payload too many, or missing (extended headers) | EINVAL                                    |
 //! | empty range; `FLUSH` with one                     | EINVAL                                    |
-//! | not whole blocks                                  | EINVAL                                    |
+//! | not whole blocks, unless these are served, too    | EINVAL                                    |
 //! | past the end                                      | ENOSPC if it writes, else EINVAL          |
 //! | `READ` of more than the largest payload           | EOVERFLOW with DF, else EINVAL            |
 //!
@@ -29,8 +29,11 @@ pub const DEFAULT_MAX_PAYLOAD: u32 = 32 << 20;
 pub struct Export {
     /// Bytes.
     pub size: u64,
-    /// Smallest unit of an access in bytes, a power of two.
+    /// Bytes of a block of the device, a power of two.
     pub block_size: u32,
+    /// Requests need not be whole blocks: the device's user makes them so ([`Request::cover`]). Many clients never ask for
+    /// block sizes.
+    pub any_range: bool,
     /// Most bytes of a `READ` or `WRITE`.
     pub max_payload: u32,
     /// As the client was told.
@@ -88,6 +91,17 @@ pub struct Request {
     len: u64,
 }
 
+/// Whole blocks around a range, inside the export as the range is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cover {
+    /// First byte.
+    pub offset: u64,
+    /// Bytes, not fewer than the range has.
+    pub len: u64,
+    /// Bytes in front of the range, less than a block.
+    pub before: u32,
+}
+
 /// A request that is answered with an error, and goes no further.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refusal {
@@ -118,15 +132,23 @@ impl Request {
         self.command
     }
 
-    /// First byte of the range, a multiple of the export's block size.
+    /// First byte of the range; a multiple of the export's block size unless it serves any range.
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// Bytes of the range, whole blocks, inside the export; 0 for `Flush` only.
+    /// Bytes of the range, which is inside the export; 0 for `Flush` only. Whole blocks as for
+    /// [`offset`](Self::offset).
     #[expect(clippy::len_without_is_empty, reason = "only a flush is empty")]
     pub fn len(&self) -> u64 {
         self.len
+    }
+
+    /// The whole blocks of `block_size` bytes that the range lies in.
+    pub fn cover(&self, block_size: u32) -> Cover {
+        let mask = u64::from(block_size) - 1;
+        let (offset, end) = (self.offset & !mask, (self.offset + self.len + mask) & !mask);
+        Cover { offset, len: end - offset, before: (self.offset - offset) as u32 }
     }
 
     /// Bytes of data that go one way or the other: those of a `READ` or `WRITE`, at most the largest payload.
@@ -167,13 +189,13 @@ impl Request {
         Ok(request)
     }
 
-    /// A range of whole blocks, inside.
+    /// A range inside, of whole blocks if it must be.
     fn fits(&self, export: &Export) -> Result<(), (ErrorCode, &'static str)> {
         let (offset, len, block) = (self.offset, self.len, u64::from(export.block_size));
         if len == 0 {
             return Err((ErrorCode::Einval, "empty range"));
         }
-        if !offset.is_multiple_of(block) || !len.is_multiple_of(block) {
+        if !export.any_range && (!offset.is_multiple_of(block) || !len.is_multiple_of(block)) {
             return Err((ErrorCode::Einval, "not whole blocks"));
         }
         if offset.checked_add(len).is_none_or(|end| end > export.size) {

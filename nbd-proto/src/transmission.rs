@@ -250,7 +250,13 @@ mod tests {
 
     fn machine() -> Transmission {
         let flags = TransmissionFlags::HAS_FLAGS | TransmissionFlags::SEND_FLUSH;
-        Transmission::new(Export { size: 1 << 20, block_size: 512, max_payload: 65536, flags })
+        Transmission::new(Export {
+            size: 1 << 20,
+            block_size: 512,
+            any_range: false,
+            max_payload: 65536,
+            flags,
+        })
     }
 
     fn header(command: u16, cookie: u64, offset: u64, length: u32) -> [u8; REQUEST_LEN] {
@@ -342,7 +348,7 @@ mod tests {
 
     fn extended_machine() -> Transmission {
         let flags = TransmissionFlags::HAS_FLAGS | TransmissionFlags::BLOCK_STATUS_PAYLOAD;
-        let export = Export { size: 1 << 40, block_size: 512, max_payload: 65536, flags };
+        let export = Export { size: 1 << 40, block_size: 512, any_range: false, max_payload: 65536, flags };
         Transmission::with(export, Agreed { framing: Framing::Extended, allocation: true })
     }
 
@@ -406,8 +412,13 @@ mod tests {
     /// Byte by byte as the seed of 1997 has it.
     #[test]
     fn the_framing_of_1997() {
-        let export =
-            Export { size: 1 << 32, block_size: 512, max_payload: 65536, flags: TransmissionFlags(0) };
+        let export = Export {
+            size: 1 << 32,
+            block_size: 512,
+            any_range: false,
+            max_payload: 65536,
+            flags: TransmissionFlags(0),
+        };
         let framing = Framing::Original { reply_magic: ORIGINAL_REPLY_MAGIC };
         let mut m = Transmission::with(export, Agreed { framing, allocation: false });
         assert_eq!(m.header_len(), 24);

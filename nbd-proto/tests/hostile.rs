@@ -160,16 +160,8 @@ fn handshakes() {
         ("GO, default", option(opt::GO, &go(b"", 0, &[])), Says(rep::ERR_UNKNOWN)),
         ("GO for others", option(opt::GO, &go(b"closed", 0, &[])), Says(rep::ERR_POLICY)),
         ("GO for the encrypted", option(opt::GO, &go(b"secret", 0, &[])), Says(rep::ERR_TLS_REQD)),
-        (
-            "GO for large blocks, unasked",
-            option(opt::GO, &go(b"large", 0, &[])),
-            Says(rep::ERR_BLOCK_SIZE_REQD),
-        ),
-        (
-            "INFO for large blocks, unasked",
-            option(opt::INFO, &go(b"large", 1, &[0])),
-            Says(rep::ERR_BLOCK_SIZE_REQD),
-        ),
+        ("GO for large blocks, a type too many", option(opt::GO, &go(b"large", 0, &[3])), invalid),
+        ("INFO for large blocks, a type too few", option(opt::INFO, &go(b"large", 3, &[3])), invalid),
         ("GO without data", option(opt::GO, b""), invalid),
         ("GO with half a length", option(opt::GO, b"\0\0\0"), invalid),
         ("GO without a count", option(opt::GO, &string(b"disk")), invalid),
@@ -264,7 +256,7 @@ type End = Option<Result<(), ErrorCode>>;
 
 /// What becomes of a request and the bytes behind it: the error, or that the connection ends (`None`).
 fn serve(framing: Framing, allocation: bool, flags: TransmissionFlags, header: &[u8]) -> End {
-    let export = Export { size: SIZE, block_size: 512, max_payload: MAX, flags };
+    let export = Export { size: SIZE, block_size: 512, any_range: false, max_payload: MAX, flags };
     let mut machine = Transmission::with(export, Agreed { framing, allocation });
     assert_eq!(header.len(), machine.header_len());
     let mut event = match machine.header(header) {

@@ -6,8 +6,13 @@ use nbd_proto::wire::{REQUEST_LEN, REQUEST_MAGIC, RequestHeader, SimpleReply, Tr
 use proptest::prelude::*;
 use zerocopy::{FromBytes, IntoBytes};
 
-const EXPORT: Export =
-    Export { size: 1 << 16, block_size: 512, max_payload: 4096, flags: TransmissionFlags(0b1101_0111_1101) };
+const EXPORT: Export = Export {
+    size: 1 << 16,
+    block_size: 512,
+    any_range: false,
+    max_payload: 4096,
+    flags: TransmissionFlags(0b1101_0111_1101),
+};
 
 /// Feeds `bytes` in pieces of the given sizes, again and again, as a transport does.
 fn feed(bytes: &[u8], pieces: &[usize]) -> (Vec<Event>, Result<(), Violation>) {

@@ -22,6 +22,7 @@ pub(super) fn export(info: &Info, blocks: u64, read_only: bool) -> Export {
     Export {
         size: blocks.saturating_mul(info.block_size.into()),
         block_size: info.block_size,
+        any_range: false,
         max_payload: MAX_PAYLOAD,
         flags,
     }

@@ -10,10 +10,12 @@ use nbd_poll::{Buffers, Connection, End, Incoming, RequestId};
 use nbd_proto::request::Command;
 
 use nbd_proto::framing::Agreed;
+use nbd_proto::wire::ErrorCode;
 
 use super::fence::{Fence, Raised};
 use super::pace::Pace;
 use super::question::{Answer, Questions};
+use super::ranges::{Armed, RangeLock};
 
 /// How long a client may take to read its last answers.
 const LINGER: Duration = Duration::from_secs(5);
@@ -35,6 +37,8 @@ pub(super) struct NewClient {
     pub(super) descriptor: Descriptor,
     /// Of the export.
     pub(super) fence: Fence,
+    /// Of the export.
+    pub(super) ranges: RangeLock,
     /// What its requests are checked against.
     pub(super) limits: nbd_proto::request::Export,
     /// How it speaks.
@@ -76,8 +80,10 @@ impl Stats {
         }
     }
 
-    pub(super) fn count_error(&self) {
-        add(&self.errors, 1);
+    pub(super) fn count_result(&self, result: &Result<(), ErrorCode>) {
+        if result.is_err() {
+            add(&self.errors, 1);
+        }
     }
 }
 
@@ -89,6 +95,8 @@ pub(super) struct Client {
     pub(super) disk: usize,
     pub(super) stats: Arc<Stats>,
     pub(super) questions: Questions,
+    /// It has changed a part of a block.
+    pub(super) armed: Option<Armed>,
     /// It is asked every turn.
     pub(super) hot: bool,
     quiet_turns: u32,
@@ -113,6 +121,7 @@ impl Client {
             disk,
             stats: new.stats,
             questions: Questions::default(),
+            armed: None,
             hot: false,
             quiet_turns: 0,
             busy_looks: 0,

@@ -14,6 +14,7 @@ use nbd_proto::wire::TransmissionFlags;
 use super::allow::{Access, AllowList};
 use super::error::ServerError;
 use super::fence::Fence;
+use super::ranges::RangeLock;
 
 /// What clients are told to prefer, at least, bytes.
 const PREFERRED_BLOCK: u32 = 4096;
@@ -27,6 +28,7 @@ pub(super) struct Export {
     pub(super) allow: AllowList,
     pub(super) descriptor: Descriptor,
     pub(super) fence: Fence,
+    pub(super) ranges: RangeLock,
 }
 
 /// Exports by name.
@@ -57,6 +59,7 @@ impl Export {
         request::Export {
             size: self.size(),
             block_size: info.block_size,
+            any_range: true,
             max_payload: MAX_PAYLOAD,
             flags: flags(info, self.refuses_writes())
                 .with_if(TransmissionFlags::SEND_CACHE, self.descriptor.bdev().prefetches()),
@@ -200,6 +203,7 @@ mod tests {
                 allow: AllowList::default(),
                 descriptor,
                 fence: Fence::default(),
+                ranges: RangeLock::default(),
             };
             exports.check(name, "").unwrap();
             exports.insert((*name).into(), export);

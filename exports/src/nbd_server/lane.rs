@@ -17,8 +17,9 @@ use reactor::{Handle, Polled, Poller, Turn};
 use rustix::event::{Timespec, epoll};
 
 use super::client::{Client, NewClient};
-use super::disk::{Disk, Tag};
+use super::disk::{self, Disk, Tag};
 use super::question::{Answer, Question};
+use super::ranges::{Ticket, Waker};
 use super::server::Server;
 
 /// Turns with traffic between two looks at quiet connections.
@@ -140,7 +141,9 @@ impl Lane {
         let place = match known {
             Some(place) => place,
             None => {
-                let disk = Disk::new(new.export, &new.descriptor).map_err(|e| e.to_string())?;
+                let waker = LaneWaker { reactor: self.reactor.clone(), export: new.export };
+                let member = new.ranges.join(Arc::new(waker));
+                let disk = Disk::new(new.export, &new.descriptor, member).map_err(|e| e.to_string())?;
                 if let Some(fd) = disk.channel.wait_fd() {
                     cx.watch(fd).map_err(|e| format!("cannot watch an I/O channel: {e}"))?;
                 }
@@ -269,10 +272,13 @@ impl Lane {
                 client.questions.push(question);
                 continue;
             }
+            if disk.is_partial(&incoming) {
+                client.armed.get_or_insert_with(|| disk.arm());
+            }
             let id = incoming.id;
-            if let Err(error) = disk.submit(place, incoming) {
-                client.stats.count_error();
-                client.connection.reply(id, Err(error));
+            if let Some(result) = disk.submit(place, incoming) {
+                client.stats.count_result(&result);
+                client.connection.reply(id, result);
             }
         }
         self.ask(place);
@@ -291,7 +297,7 @@ impl Lane {
                     Self::send(&reactor, move |lane, _| lane.answered(place, id, question, &answer));
                 });
             }
-            client.answered(question.request, &question.plain(disk.shift()));
+            client.answered(question.request, &question.plain());
         }
     }
 
@@ -329,20 +335,26 @@ impl Lane {
         any
     }
 
+    /// Runs `f` with the disk of an export, and answers what comes of it.
+    fn on_disk(&mut self, export: u64, f: impl FnOnce(&mut Disk) -> Option<disk::Answer>) {
+        let Some(disk) = self.disks.iter_mut().flatten().find(|d| d.export == export) else { return };
+        if let Some((tag, result)) = f(disk) {
+            self.answer(tag, result);
+        }
+    }
+
     fn resubmit(&mut self, place: usize) {
         let Some(disk) = self.disks[place].as_mut() else { return };
         // Allocates only for refusals.
         let mut refused = Vec::new();
-        disk.resubmit(|tag, error| refused.push((tag, error)));
-        refused.into_iter().for_each(|(tag, error)| self.answer(tag, Err(error)));
+        disk.resubmit(|answer| refused.push(answer));
+        refused.into_iter().for_each(|(tag, result)| self.answer(tag, result));
     }
 
     fn answer(&mut self, tag: Tag, result: Result<(), ErrorCode>) {
         // Clients stay until all their requests are answered.
         let Some(client) = self.clients.get_mut(tag.client as usize).and_then(Option::as_mut) else { return };
-        if result.is_err() {
-            client.stats.count_error();
-        }
+        client.stats.count_result(&result);
         client.connection.reply(tag.request, result);
         self.heat(tag.client);
     }
@@ -396,6 +408,29 @@ impl Lane {
         let id = client.id;
         drop(client);
         self.tell_end(id, why);
+    }
+}
+
+/// How the range lock of an export finds its disk on a reactor.
+struct LaneWaker {
+    reactor: Handle,
+    export: u64,
+}
+
+impl Waker for LaneWaker {
+    fn drain(&self) {
+        let export = self.export;
+        Lane::send(&self.reactor, move |lane, _| {
+            lane.on_disk(export, |disk| {
+                disk.drain();
+                None
+            });
+        });
+    }
+
+    fn granted(&self, ticket: Ticket) {
+        let export = self.export;
+        Lane::send(&self.reactor, move |lane, _| lane.on_disk(export, |disk| disk.granted(ticket)));
     }
 }
 

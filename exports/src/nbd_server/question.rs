@@ -22,6 +22,10 @@ pub(super) struct Question {
     pub(super) request: RequestId,
     lba: u64,
     blocks: u64,
+    /// Bytes of the first block in front of the range.
+    before: u64,
+    /// Bytes of the range.
+    len: u64,
     what: What,
 }
 
@@ -47,14 +51,16 @@ impl Question {
             Command::Cache => What::Prefetch,
             _ => return None,
         };
-        let (lba, blocks) = (incoming.request.offset() >> shift, incoming.request.len() >> shift);
-        Some(Self { request: incoming.id, lba, blocks, what })
+        let cover = incoming.request.cover(1 << shift);
+        let (lba, blocks) = (cover.offset >> shift, cover.len >> shift);
+        let (before, len) = (cover.before.into(), incoming.request.len());
+        Some(Self { request: incoming.id, lba, blocks, before, len, what })
     }
 
     /// The answer of a bdev that has none: all of it is data, and nothing is read ahead.
-    pub(super) fn plain(&self, shift: u32) -> Answer {
+    pub(super) fn plain(&self) -> Answer {
         match self.what {
-            What::Extents(_) => Answer::Runs(vec![Run { len: self.blocks << shift, state: 0 }]),
+            What::Extents(_) => Answer::Runs(vec![Run { len: self.len, state: 0 }]),
             What::Prefetch => Answer::Done,
         }
     }
@@ -75,18 +81,27 @@ impl Question {
             return Answer::Done;
         };
         match descriptor.bdev().extents(self.lba, self.blocks, max) {
-            Some(extents) if !extents.is_empty() => Answer::Runs(
-                extents
-                    .iter()
-                    .map(|e| Run {
-                        len: e.blocks << shift,
-                        state: if e.hole { state::HOLE | state::ZERO } else { 0 },
-                    })
-                    .collect(),
-            ),
-            _ => self.plain(shift),
+            Some(extents) if !extents.is_empty() => {
+                let state = |hole| if hole { state::HOLE | state::ZERO } else { 0 };
+                let runs = extents.iter().map(|e| Run { len: e.blocks << shift, state: state(e.hole) });
+                Answer::Runs(within(runs, self.before, self.len))
+            }
+            _ => self.plain(),
         }
     }
+}
+
+/// Those of `runs` that lie in `len` bytes from byte `before` on.
+fn within(runs: impl Iterator<Item = Run>, before: u64, len: u64) -> Vec<Run> {
+    let (mut skip, mut left) = (before, len);
+    runs.filter_map(|run| {
+        let skipped = skip.min(run.len);
+        skip -= skipped;
+        let inside = (run.len - skipped).min(left);
+        left -= inside;
+        (inside > 0).then_some(Run { len: inside, ..run })
+    })
+    .collect()
 }
 
 /// What came of a question.

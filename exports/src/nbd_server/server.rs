@@ -23,6 +23,7 @@ use super::export::{Export, Exports};
 use super::fence::Fence;
 use super::lane::Lane;
 use super::limit::LogLimit;
+use super::ranges::RangeLock;
 
 /// Refused and broken handshakes that are logged, per second.
 const LOGGED_FAILURES: u32 = 10;
@@ -165,8 +166,9 @@ impl Server {
         let descriptor = self.manager.open(bdev, mode, Box::new(events))?;
         let bdev_name = descriptor.info().name.clone();
         tracing::info!(export = name, bdev = bdev_name, read_only, "NBD export created");
-        let fence = Fence::default();
-        self.exports.insert(name, Export { id, bdev_name, description, read_only, allow, descriptor, fence });
+        let (fence, ranges) = (Fence::default(), RangeLock::default());
+        let export = Export { id, bdev_name, description, read_only, allow, descriptor, fence, ranges };
+        self.exports.insert(name, export);
         Ok(())
     }
 

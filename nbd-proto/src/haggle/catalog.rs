@@ -15,7 +15,7 @@ pub struct Export<'a> {
     pub size: u64,
     /// With HAS_FLAGS.
     pub flags: TransmissionFlags,
-    /// What requests must respect.
+    /// Told to clients that ask. Those that do not ask may send any range.
     pub sizes: BlockSizes,
 }
 
@@ -31,10 +31,6 @@ pub struct BlockSizes {
 }
 
 impl BlockSizes {
-    /// What a client that was not told the sizes can be expected to respect at least: "a client desiring maximum
-    /// interoperability SHOULD constrain its requests to a minimum block size of 2^9".
-    pub const UNTOLD_MINIMUM: u32 = 512;
-
     /// Whether the specification allows them.
     pub fn are_legal(&self) -> bool {
         self.minimum.is_power_of_two()

@@ -200,7 +200,7 @@ impl ServerHaggle {
             }
             // READ and WRITE are all there is.
             let flags = TransmissionFlags(export.flags.0 & TransmissionFlags::READ_ONLY.0);
-            self.end(0, &Export { flags, ..export }, false, Framing::Original { reply_magic });
+            self.end(0, &Export { flags, ..export }, Framing::Original { reply_magic });
             return Ok(());
         }
         let greeting = OldGreeting {
@@ -212,7 +212,7 @@ impl ServerHaggle {
             zeroes: [0; EXPORT_NAME_ZEROES],
         };
         self.out.extend_from_slice(greeting.as_bytes());
-        self.end(0, &export, false, Framing::Simple);
+        self.end(0, &export, Framing::Simple);
         Ok(())
     }
 

@@ -94,8 +94,6 @@ pub struct Chosen {
     pub option: u32,
     /// How requests and replies look, and which contexts there are.
     pub agreed: Agreed,
-    /// The client was told the block sizes and must respect them.
-    pub knows_sizes: bool,
 }
 
 /// Why a connection is closed without an answer.

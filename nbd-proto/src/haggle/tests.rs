@@ -221,14 +221,7 @@ fn golden_list_and_go() {
     ]
     .concat();
     assert_eq!(said, golden);
-    let right = Chosen {
-        export: 4,
-        flags: FLAGS,
-        size: 1 << 20,
-        option: opt::GO,
-        agreed: Agreed::default(),
-        knows_sizes: true,
-    };
+    let right = Chosen { export: 4, flags: FLAGS, size: 1 << 20, option: opt::GO, agreed: Agreed::default() };
     assert_eq!(*chosen(&talk), right);
 }
 
@@ -241,7 +234,7 @@ fn golden_export_name() {
     {
         let mut talk = Talk::started(Settings::default(), flags);
         assert_eq!(talk.send(b"IHAVEOPT\0\0\0\x01\0\0\0\x04disk").as_ref(), Ok(golden));
-        assert_eq!((chosen(&talk).option, chosen(&talk).knows_sizes), (opt::EXPORT_NAME, false));
+        assert_eq!(chosen(&talk).option, opt::EXPORT_NAME);
     }
 }
 
@@ -343,20 +336,16 @@ fn info_tells_what_was_asked_for_and_goes_on() {
 }
 
 #[test]
-fn large_blocks_are_for_clients_that_ask_for_them() {
+fn block_sizes_are_told_to_clients_that_ask_for_them() {
     for option in [opt::INFO, opt::GO] {
         let mut talk = Talk::started(Settings::default(), FIXED);
         let replies = talk.option(option, &info_data("large", &[])).unwrap();
-        assert_eq!(kinds(&replies), [rep::INFO, rep::ERR_BLOCK_SIZE_REQD]);
-        assert_eq!(replies[0].data[..6], *b"\0\x03\0\0\x10\0");
-        assert_eq!(talk.haggle.outcome(), None);
+        assert_eq!(kinds(&replies), [rep::INFO, rep::ACK], "it may send any range");
+        let mut talk = Talk::started(Settings::default(), FIXED);
         let replies = talk.option(option, &info_data("large", &[3])).unwrap();
         assert_eq!(kinds(&replies), [rep::INFO, rep::INFO, rep::ACK]);
+        assert_eq!(replies[1].data[..6], *b"\0\x03\0\0\x10\0");
     }
-    // These sizes may be known out of band.
-    let mut talk = Talk::started(Settings::default(), FIXED);
-    talk.send(&request(opt::EXPORT_NAME, b"large")).unwrap();
-    assert!(!chosen(&talk).knows_sizes);
 }
 
 #[test]

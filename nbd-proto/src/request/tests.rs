@@ -6,7 +6,8 @@ use crate::wire::{EXTENDED_REQUEST_MAGIC, REQUEST_MAGIC};
 const ALL: TransmissionFlags = TransmissionFlags(0b1101_0111_1101);
 const SIMPLE: Agreed = Agreed { framing: Framing::Simple, allocation: false };
 const EXTENDED: Agreed = Agreed { framing: Framing::Extended, allocation: true };
-const EXPORT: Export = Export { size: 1 << 20, block_size: 512, max_payload: 65536, flags: ALL };
+const EXPORT: Export =
+    Export { size: 1 << 20, block_size: 512, any_range: false, max_payload: 65536, flags: ALL };
 
 fn head(command: u16, flags: u16, offset: u64, length: u64) -> Head {
     Head { magic: REQUEST_MAGIC, flags, command, cookie: 7, offset, length }
@@ -51,6 +52,24 @@ fn every_command_and_its_flags() {
         assert_eq!(request.payload_len(), if command == cmd::WRITE { 1024 } else { 0 });
     }
     assert_eq!(check(EXPORT, cmd::FLUSH, 0, 0, 0).unwrap().command(), Command::Flush);
+}
+
+#[test]
+fn any_range_is_covered_by_whole_blocks() {
+    let any = Export { any_range: true, ..EXPORT };
+    let cover = |offset, len| check(any, cmd::READ, 0, offset, len).unwrap().cover(512);
+    for (offset, len, from, to, before) in [
+        (0, 1, 0, 512, 0),
+        (511, 1, 0, 512, 511),
+        (511, 2, 0, 1024, 511),
+        (512, 512, 512, 1024, 0),
+        (513, 1022, 512, 1536, 1),
+        ((1 << 20) - 1, 1, (1 << 20) - 512, 1 << 20, 511),
+    ] {
+        assert_eq!(cover(offset, len), Cover { offset: from, len: to - from, before }, "{len} at {offset}");
+    }
+    assert_eq!(check(any, cmd::WRITE, 0, (1 << 20) - 1, 2), Err(ErrorCode::Enospc));
+    assert_eq!(check(any, cmd::READ, 0, 7, 0), Err(ErrorCode::Einval));
 }
 
 #[test]

@@ -69,6 +69,7 @@ impl Server {
             export: export.id,
             descriptor: export.descriptor.clone(),
             fence: export.fence.clone(),
+            ranges: export.ranges.clone(),
             // As the client was told; a size that moved meanwhile is followed at its first request.
             limits: nbd_proto::request::Export {
                 size: accepted.chosen.size,

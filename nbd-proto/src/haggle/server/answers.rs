@@ -1,6 +1,6 @@
 //! What a server answers to each option.
 
-use super::super::catalog::{BlockSizes, Catalog, Export, Refusal};
+use super::super::catalog::{Catalog, Export, Refusal};
 use super::super::option::{InfoRequest, MetaRequest, OptionRequest};
 use super::super::settings::{Chosen, Error, Outcome, Tls, shown};
 use super::super::wire::{FLAG_C_NO_ZEROES, opt, option_name, rep};
@@ -132,7 +132,7 @@ impl ServerHaggle {
         let export = self.told(export);
         let zeroes = self.client & FLAG_C_NO_ZEROES == 0;
         self.replies(opt::EXPORT_NAME).export_name(&export, zeroes);
-        self.choose(opt::EXPORT_NAME, &export, false);
+        self.choose(opt::EXPORT_NAME, &export);
         Ok(())
     }
 
@@ -146,20 +146,10 @@ impl ServerHaggle {
         };
         let export = self.told(export);
         let mut replies = self.replies(option);
-        let knows_sizes = request.wanted.block_size;
-        if !knows_sizes && export.sizes.minimum > BlockSizes::UNTOLD_MINIMUM {
-            // Told all the same, so that a client that looks at it need not ask again.
-            replies.block_size(&export);
-            let text = format!(
-                "requests must be multiples of {} bytes; ask for the block sizes with the option",
-                export.sizes.minimum
-            );
-            return replies.error(rep::ERR_BLOCK_SIZE_REQD, &text);
-        }
         replies.infos(&export, request.wanted);
         replies.ack();
         if option == opt::GO {
-            self.choose(option, &export, knows_sizes);
+            self.choose(option, &export);
         }
     }
 
@@ -174,16 +164,16 @@ impl ServerHaggle {
         Export { flags, ..export }
     }
 
-    fn choose(&mut self, option: u32, export: &Export<'_>, knows_sizes: bool) {
+    fn choose(&mut self, option: u32, export: &Export<'_>) {
         let framing = match (self.extended, self.structured) {
             (true, _) => Framing::Extended,
             (_, true) => Framing::Structured,
             _ => Framing::Simple,
         };
-        self.end(option, export, knows_sizes, framing);
+        self.end(option, export, framing);
     }
 
-    pub(super) fn end(&mut self, option: u32, export: &Export<'_>, knows_sizes: bool, framing: Framing) {
+    pub(super) fn end(&mut self, option: u32, export: &Export<'_>, framing: Framing) {
         let allocation = self.allocation == Some(export.id);
         let chosen = Chosen {
             export: export.id,
@@ -191,7 +181,6 @@ impl ServerHaggle {
             size: export.size,
             option,
             agreed: Agreed { framing, allocation },
-            knows_sizes,
         };
         self.state = State::Ended(Outcome::Transmission(chosen));
     }

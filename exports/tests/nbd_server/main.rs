@@ -1,5 +1,7 @@
 //! The NBD server in a whole program, with clients that do what no library would: leave in the middle, wait, flood.
 
+mod any_range;
+
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::thread::JoinHandle;
