@@ -116,7 +116,7 @@ scenarios() {
   done
 }
 
-packages() { scripts/packages.sh build valgrind; }
+packages() { scripts/packages.sh build valgrind openssl; }
 loom() {
   RUSTFLAGS="--cfg loom" cargo test -p reactor --lib --target-dir build/loom waker &&
     RUSTFLAGS="--cfg loom" cargo test -p roce-proto --lib --target-dir build/loom keys

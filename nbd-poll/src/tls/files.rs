@@ -4,11 +4,14 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
+use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+
+use super::trust::{Trusted, TrustedServer, explain};
 
 /// Where distributions keep the certificates that everybody trusts.
 const SYSTEM_TRUST: [&str; 3] =
@@ -32,14 +35,15 @@ pub enum TlsError {
          system's (package ca-certificates)"
     )]
     NoTrust,
-    /// The certificate and its key do not go together, or rustls does not take them.
+    /// rustls does not take its settings.
     #[error("{0}")]
     Rejected(#[from] rustls::Error),
 }
 
-/// The provider of all cryptography here.
+/// The provider of all cryptography here. AWS-LC, since *ring* takes no RSA keys of sizes between the usual ones, and no
+/// P-521.
 pub fn provider() -> Arc<CryptoProvider> {
-    Arc::new(ring::default_provider())
+    Arc::new(aws_lc_rs::default_provider())
 }
 
 /// A client that trusts `directory`'s `ca-cert.pem`, or the system's authorities without a directory, and shows
@@ -51,31 +55,45 @@ pub fn client_config(directory: Option<&Path>, verify: bool) -> Result<Arc<Clien
     let provider = provider();
     let builder =
         ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions()?;
-    let builder = if verify {
-        builder.with_root_certificates(trust(directory)?)
-    } else {
-        builder.dangerous().with_custom_certificate_verifier(Arc::new(Anybody(provider)))
-    };
+    let verifier: Arc<dyn ServerCertVerifier> =
+        if verify { Arc::new(trusted_server(directory)?) } else { Arc::new(Anybody(provider)) };
+    let builder = builder.dangerous().with_custom_certificate_verifier(verifier);
     let identity = directory.map(|d| (d.join("client-cert.pem"), d.join("client-key.pem")));
     Ok(Arc::new(match identity.filter(|(cert, _)| cert.exists()) {
-        Some((cert, key)) => builder.with_client_auth_cert(certificates(&cert)?, private_key(&key)?)?,
+        Some((cert, key)) => builder
+            .with_client_auth_cert(certificates(&cert)?, private_key(&key)?)
+            .map_err(|e| unusable_identity(cert, key, &e))?,
         None => builder.with_no_client_auth(),
     }))
 }
 
-/// Whom to trust.
+/// What a client checks its server's certificate with.
+pub(super) fn trusted_server(directory: Option<&Path>) -> Result<TrustedServer, TlsError> {
+    let (roots, trusted) = trust(directory)?;
+    let rules = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider()).build();
+    Ok(TrustedServer { rules: rules.map_err(|_| TlsError::NoTrust)?, trusted })
+}
+
+/// The file that is to blame: a key that cannot be read, or a certificate that does not go with it.
+pub(super) fn unusable_identity(certificate: PathBuf, key: PathBuf, why: &rustls::Error) -> TlsError {
+    let path = if matches!(why, rustls::Error::General(_)) { key } else { certificate };
+    TlsError::File { path, why: explain(why) }
+}
+
+/// Whom to trust: authorities, and, of a directory, the certificates themselves.
 ///
 /// # Errors
 /// [`TlsError`]. One certificate of the system's that is broken does not spoil the others.
-pub fn trust(directory: Option<&Path>) -> Result<RootCertStore, TlsError> {
-    let mut store = RootCertStore::empty();
+pub(super) fn trust(directory: Option<&Path>) -> Result<(RootCertStore, Trusted), TlsError> {
+    let (mut store, mut trusted) = (RootCertStore::empty(), Trusted::new());
     match directory {
         Some(directory) => {
             let path = directory.join("ca-cert.pem");
-            for certificate in certificates(&path)? {
+            trusted = certificates(&path)?;
+            for certificate in &trusted {
                 store
-                    .add(certificate)
-                    .map_err(|e| TlsError::File { path: path.clone(), why: e.to_string() })?;
+                    .add(certificate.clone())
+                    .map_err(|e| TlsError::File { path: path.clone(), why: explain(&e) })?;
             }
         }
         None => {
@@ -83,7 +101,7 @@ pub fn trust(directory: Option<&Path>) -> Result<RootCertStore, TlsError> {
             store.add_parsable_certificates(certificates(path)?);
         }
     }
-    if store.is_empty() { Err(TlsError::NoTrust) } else { Ok(store) }
+    if store.is_empty() { Err(TlsError::NoTrust) } else { Ok((store, trusted)) }
 }
 
 /// All certificates of a PEM file, at least one.

@@ -7,6 +7,7 @@ pub mod files;
 pub(crate) mod pipe;
 pub mod server;
 mod subject;
+mod trust;
 
 pub use subject::common_name;
 
@@ -206,7 +207,7 @@ impl TlsStream {
         if let Err(e) = self.tls.process_new_packets() {
             // The alert that tells the peer why.
             let _ = self.flush();
-            return Err(io::Error::new(io::ErrorKind::InvalidData, e));
+            return Err(io::Error::new(io::ErrorKind::InvalidData, trust::explain(&e)));
         }
         Ok(Moved::Some(n))
     }

@@ -1,42 +1,69 @@
-//! Both ends of TLS in one process, over a socket that holds little. The keys are made by openssl; without it the tests
-//! say that they were skipped.
+//! Both ends of TLS in one process, over a socket that holds little. The keys are made by openssl.
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
+use std::time::Duration;
 
+use rustls::client::danger::ServerCertVerifier;
+use rustls::pki_types::UnixTime;
 use rustls::{ClientConfig, ClientConnection, ServerConnection};
 
 use super::*;
+
+const EC: &str = "ec -pkeyopt ec_paramgen_curve:prime256v1";
 
 /// A directory with an authority, and a certificate of it for localhost; goes away.
 struct Keys(PathBuf);
 
 impl Keys {
-    /// `None` without openssl.
-    fn new(name: &str) -> Option<Self> {
+    fn new(name: &str) -> Self {
+        let keys = Self::authority(name);
+        keys.server(EC, "-extfile ext");
+        keys
+    }
+
+    /// A directory with `ca-cert.pem` and its key.
+    fn authority(name: &str) -> Self {
         let dir = std::env::temp_dir().join(format!("nbd-tls-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
         let keys = Self(dir);
-        let new_key = "req -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
-        let made = keys.openssl(&format!(
-            "{new_key} -x509 -days 2 -subj /CN=authority -keyout ca-key.pem -out ca-cert.pem"
-        )) && keys
-            .openssl(&format!("{new_key} -subj /CN=server -keyout server-key.pem -out server.csr"));
         std::fs::write(keys.0.join("ext"), "subjectAltName=DNS:localhost\n").unwrap();
-        let sign =
-            "x509 -req -in server.csr -CA ca-cert.pem -CAkey ca-key.pem -CAcreateserial -days 2 -extfile ext";
-        if !(made && keys.openssl(&format!("{sign} -out server-cert.pem"))) {
-            eprintln!("skipped: openssl is missing, or made no certificates");
-            return None;
-        }
-        Some(keys)
+        keys.openssl(&format!(
+            "req -newkey {EC} -nodes -x509 -days 2 -subj /CN=authority -keyout ca-key.pem -out ca-cert.pem"
+        ));
+        keys
     }
 
-    fn openssl(&self, arguments: &str) -> bool {
-        let words = arguments.split(' ');
-        Command::new("openssl").args(words).current_dir(&self.0).output().is_ok_and(|o| o.status.success())
+    /// The certificate of a server with such a key, signed by the authority.
+    fn server(&self, key: &str, options: &str) {
+        self.openssl(&format!(
+            "req -newkey {key} -nodes -subj /CN=server -keyout server-key.pem -out server.csr"
+        ));
+        self.openssl(&format!(
+            "x509 -req -in server.csr -CA ca-cert.pem -CAkey ca-key.pem -CAcreateserial -days 2 {options} \
+             -out server-cert.pem"
+        ));
+    }
+
+    /// A certificate that `openssl req -x509` makes: an authority's, signed by itself, valid for two days.
+    fn by_itself(&self, who: &str) {
+        self.openssl(&format!(
+            "req -newkey {EC} -nodes -x509 -days 2 -subj /CN={who} -addext subjectAltName=DNS:localhost \
+             -keyout {who}-key.pem -out {who}-cert.pem"
+        ));
+    }
+
+    fn copy(&self, from: &str, to: &str) {
+        std::fs::copy(self.0.join(from), self.0.join(to)).unwrap();
+    }
+
+    fn openssl(&self, arguments: &str) {
+        let mut command = Command::new("openssl");
+        command.args(arguments.split(' ').filter(|w| !w.is_empty())).current_dir(&self.0);
+        let done = command.output().expect("these tests need openssl");
+        assert!(done.status.success(), "{command:?}: {}", String::from_utf8_lossy(&done.stderr));
     }
 }
 
@@ -56,7 +83,8 @@ fn pair(keys: &Keys, config: Arc<ClientConfig>, name: &'static str) -> (TlsStrea
     for socket in [&a, &b] {
         rustix::net::sockopt::set_socket_send_buffer_size(socket, 4096).unwrap();
     }
-    let server = ServerConnection::new(server::server_config(&keys.0, false).unwrap()).unwrap().into();
+    let verify = keys.0.join("client-cert.pem").exists();
+    let server = ServerConnection::new(server::server_config(&keys.0, verify).unwrap()).unwrap().into();
     let stream = |s: UnixStream| Stream::new(s.into()).unwrap();
     (TlsStream::new(stream(a), client(config, name)), TlsStream::new(stream(b), server))
 }
@@ -113,7 +141,7 @@ fn read_one(tls: &mut TlsStream) -> io::Result<Moved> {
 
 #[test]
 fn a_mebibyte_each_way_through_a_small_socket() {
-    let Some(keys) = Keys::new("data") else { return };
+    let keys = Keys::new("data");
     let config = files::client_config(Some(&keys.0), true).unwrap();
     let (mut client, mut server) = pair(&keys, config, "localhost");
     shake(&mut client, &mut server).unwrap();
@@ -133,7 +161,7 @@ fn a_mebibyte_each_way_through_a_small_socket() {
 
 #[test]
 fn nobody_is_trusted_without_reason() {
-    let (Some(keys), Some(other)) = (Keys::new("mine"), Keys::new("other")) else { return };
+    let (keys, other) = (Keys::new("mine"), Keys::new("other"));
     let verify = |dir: &Path| files::client_config(Some(dir), true).unwrap();
     let fails = |config, name| {
         let (mut client, mut server) = pair(&keys, config, name);
@@ -144,6 +172,76 @@ fn nobody_is_trusted_without_reason() {
     let anybody = files::client_config(Some(&other.0), false).unwrap();
     let (mut client, mut server) = pair(&keys, anybody, "elsewhere");
     shake(&mut client, &mut server).unwrap();
+}
+
+/// What comes of a handshake in which the client trusts the directory's `ca-cert.pem`.
+fn handshake(keys: &Keys) -> Result<(), String> {
+    let config = files::client_config(Some(&keys.0), true).map_err(|e| e.to_string())?;
+    let (mut client, mut server) = pair(keys, config, "localhost");
+    shake(&mut client, &mut server).map_err(|e| e.to_string())
+}
+
+#[test]
+fn keys_of_every_kind_that_peers_make() {
+    let keys = Keys::authority("kinds");
+    for bits in [2048, 2432, 2560] {
+        keys.server(&format!("rsa:{bits}"), "-extfile ext");
+        assert_eq!(handshake(&keys), Ok(()), "RSA, {bits} bits");
+    }
+    for curve in ["secp384r1", "secp521r1"] {
+        keys.server(&format!("ec -pkeyopt ec_paramgen_curve:{curve}"), "-extfile ext");
+        assert_eq!(handshake(&keys), Ok(()), "{curve}");
+    }
+    keys.server("ed25519", "-extfile ext");
+    assert_eq!(handshake(&keys), Ok(()), "Ed25519");
+    keys.server("rsa:1024", "-extfile ext");
+    let why = server::server_config(&keys.0, false).unwrap_err().to_string();
+    assert!(why.contains("server-key.pem") && why.contains("2048 to 8192 bits"), "{why}");
+}
+
+#[test]
+fn a_certificate_that_is_trusted_itself_need_not_be_signed() {
+    let keys = Keys::authority("itself");
+    keys.by_itself("server");
+    let why = handshake(&keys).unwrap_err();
+    assert!(why.contains("is an authority's") && why.contains("is not in ca-cert.pem itself"), "{why}");
+    keys.copy("server-cert.pem", "ca-cert.pem");
+    assert_eq!(handshake(&keys), Ok(()));
+    let trusts = files::client_config(Some(&keys.0), true).unwrap();
+    let (mut client, mut server) = pair(&keys, trusts, "elsewhere");
+    let why = shake(&mut client, &mut server).unwrap_err().to_string();
+    assert!(why.contains("not valid for name"), "{why}");
+    // The same for a client's.
+    keys.by_itself("client");
+    assert!(handshake(&keys).is_err());
+    let both = ["server-cert.pem", "client-cert.pem"].map(|f| std::fs::read(keys.0.join(f)).unwrap());
+    std::fs::write(keys.0.join("ca-cert.pem"), both.concat()).unwrap();
+    assert_eq!(handshake(&keys), Ok(()));
+}
+
+#[test]
+fn a_trusted_certificate_ends_with_its_time() {
+    let keys = Keys::authority("time");
+    keys.by_itself("server");
+    keys.copy("server-cert.pem", "ca-cert.pem");
+    let verifier = files::trusted_server(Some(&keys.0)).unwrap();
+    let shown = files::certificates(&keys.0.join("server-cert.pem")).unwrap();
+    let localhost = ServerName::try_from("localhost").unwrap();
+    let after = |days: u64| {
+        let now = UnixTime::since_unix_epoch(Duration::from_secs(UnixTime::now().as_secs() + days * 86400));
+        verifier.verify_server_cert(&shown[0], &[], &localhost, &[], now).map_err(|e| e.to_string())
+    };
+    assert!(after(1).is_ok());
+    let why = after(3).unwrap_err();
+    assert!(why.contains("expired"), "{why}");
+}
+
+#[test]
+fn an_old_certificate_is_refused_with_advice() {
+    let keys = Keys::authority("version-1");
+    keys.server(EC, "");
+    let why = server::server_config(&keys.0, false).unwrap_err().to_string();
+    assert!(why.contains("server-cert.pem") && why.contains("version 1: make one of version 3"), "{why}");
 }
 
 #[test]
