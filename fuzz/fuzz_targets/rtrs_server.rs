@@ -234,7 +234,7 @@ impl Clients {
             let at = usize::from(flaw) % private.len();
             private[at] ^= bits | 1;
         }
-        let params = ConnParams { retry: 7, rnr_retry: bits >> 5, read_depth: 0 };
+        let params = ConnParams { rnr_retry: bits >> 5, ..ConnParams::FOREVER };
         let _ = self.cm.connect(id, params, &private);
         if cid == 0 {
             self.paths[path] = Path::default();
@@ -542,7 +542,7 @@ fuzz_target!(|input: &[u8]| {
             Rc::new(RefCell::new(Sessions(shared.clone()))),
         );
         server.borrow_mut().add_cm(cx, fabric.cm()).unwrap();
-        server.borrow_mut().listen(server_addr(), "loopback").unwrap();
+        server.borrow_mut().listen(server_addr(), "loopback", None).unwrap();
         let clients = Clients {
             input: input.to_vec(),
             at: 1,

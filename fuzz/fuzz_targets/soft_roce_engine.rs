@@ -248,7 +248,7 @@ impl World {
             self.qpn = qp.num();
             self.user = Some(User { id, qp: Some(qp), cq, window });
             (0..4).for_each(|_| self.post_recv(RECV));
-            let params = ConnParams { retry: 7, rnr_retry: 7, read_depth: 4 };
+            let params = ConnParams { read_depth: 4, ..ConnParams::FOREVER };
             // The peer may have given up already.
             let _ = self.cm.accept(id, params, b"");
         }

@@ -660,9 +660,9 @@ fn fatal_naks_fail_the_request_they_name() {
         b.answer(syndrome, 1);
         let expected = [
             Completion::Sent { data: 0 },
-            Completion::RecvFailed { data: 9, status: Status::Flushed },
             Completion::SendFailed { data: 1, status },
             Completion::SendFailed { data: 2, status: Status::Flushed },
+            Completion::RecvFailed { data: 9, status: Status::Flushed },
         ];
         assert_eq!((b.done.as_slice(), b.qp.state()), (&expected[..], State::Error));
         assert_eq!(b.sends(), []);
@@ -697,6 +697,41 @@ fn silence_is_answered_with_repetition_and_then_given_up() {
     assert!((patience..patience + 70 * MS).contains(&(b.now - started)), "{} ms", (b.now - started) / MS);
     assert!((10..20).contains(&packets), "{packets}");
     assert_eq!(b.counters.get(Counter::RetriesExceeded), 1);
+}
+
+#[test]
+fn a_silent_peer_is_given_up_when_it_was_asked_for() {
+    let mut b = Bench::with(Config { give_up: 1000 * MS, ..config() });
+    b.qp.post_recv(9, 10).unwrap();
+    // It was idle before: that is not silence.
+    b.pass(60_000 * MS);
+    b.post(WRITE, 4, 1);
+    let started = b.now;
+    while b.qp.state() == State::Ready {
+        b.all();
+        let deadline = b.qp.deadline().expect("somebody must watch the clock");
+        b.pass(deadline - b.now);
+    }
+    let why = Completion::SendFailed { data: 1, status: Status::RetryExceeded };
+    assert_eq!(
+        b.done,
+        [why, Completion::RecvFailed { data: 9, status: Status::Flushed }],
+        "the reason comes first"
+    );
+    let took = (b.now - started) / MS;
+    assert!((1000..=1250).contains(&took), "{took} ms");
+}
+
+#[test]
+fn who_did_not_run_does_not_give_up_the_peer() {
+    let mut b = Bench::with(Config { give_up: 1000 * MS, ..config() });
+    b.post(WRITE, 4, 1);
+    b.all();
+    // Of this process, not of the peer: its answer is about to be read.
+    b.pass(30_000 * MS);
+    b.all();
+    b.answer(0x1f, 0);
+    assert_eq!((b.sent().len(), b.qp.state()), (1, State::Ready));
 }
 
 #[test]

@@ -17,7 +17,7 @@ use crate::shared::{Options, Shared};
 use crate::udp::{Receiver, Transmitter, open_rx, open_tx};
 
 /// Sockets of one address, of all processes: queue pair numbers have 7 bits for them.
-const SLOTS: u8 = 128;
+pub const SLOTS: u8 = 128;
 /// Everything is in one protection domain.
 pub const DOMAIN: u32 = 0;
 

@@ -30,7 +30,7 @@ const BLOCK: u32 = 64 << 10;
 const REQUEST: u32 = 16;
 /// Where requests are sent from and received.
 const REQUEST_AT: u32 = BLOCK;
-const PARAMS: ConnParams = ConnParams { retry: 7, rnr_retry: 7, read_depth: 0 };
+const PARAMS: ConnParams = ConnParams::FOREVER;
 const CAPS: QpCaps = QpCaps { max_send_wr: 16, max_recv_wr: 16, max_send_sge: 1, max_recv_sge: 1 };
 const RECV: u64 = 0;
 const SEND: u64 = 1;

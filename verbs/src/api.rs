@@ -406,7 +406,7 @@ pub struct QpCaps {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct CmId(pub u64);
 
-/// Retry counts sent in REQ and REP. `rnr_retry` programs the *peer's* queue pair; 7 is for ever.
+/// Patience, as REQ and REP say it to the peer, and our own. `rnr_retry` programs the *peer's* queue pair; 7 is for ever.
 #[derive(Clone, Copy, Debug)]
 pub struct ConnParams {
     /// Transport retries, 0..=7 (active side only).
@@ -415,6 +415,17 @@ pub struct ConnParams {
     pub rnr_retry: u8,
     /// RDMA READs in flight, each way; 0 forbids them. The lesser of both sides counts.
     pub read_depth: u8,
+    /// The connection is given up when the peer has acknowledged nothing for so long (active side only); `None`: what
+    /// the provider takes. Providers whose device has timers of its own keep those.
+    pub give_up: Option<Duration>,
+    /// How long the peer shall wait for an acknowledgement before it repeats, at least: 4.096 µs × 2^code, code 0..=31
+    /// (passive side only); `None`: what the provider takes. Providers whose device says it keep that.
+    pub ack_delay: Option<u8>,
+}
+
+impl ConnParams {
+    /// All retries, no READs, and times as the provider takes them.
+    pub const FOREVER: Self = Self { retry: 7, rnr_retry: 7, read_depth: 0, give_up: None, ack_delay: None };
 }
 
 impl CmId {

@@ -180,7 +180,7 @@ fn removed_devices_break_everything() {
 
 #[test]
 fn a_finite_rnr_retry_ends() {
-    let params = ConnParams { retry: 7, rnr_retry: 2, read_depth: 0 };
+    let params = ConnParams { rnr_retry: 2, ..ConnParams::FOREVER };
     let (_server, mut client) = pair(&World::loopback(Fabric::new()), &Setup { params, ..Setup::new(1) });
     client.post(1, SendOp::Send, 4);
     assert_eq!(client.wc().status, WcStatus::Error(wc_status::RNR_RETRY_EXC_ERR));

@@ -65,6 +65,9 @@ pub struct SessionParams {
     pub stale_io: Duration,
     /// For each step of connecting.
     pub connect_timeout: Duration,
+    /// A path is lost when the server's end of the transport has acknowledged nothing for so long. Of soft-roce only:
+    /// RDMA devices have their own timers.
+    pub ack_timeout: Duration,
     /// Interval and patience.
     pub heartbeat: heartbeat::Config,
 }
@@ -81,6 +84,7 @@ impl Default for SessionParams {
             ctrlr_loss: None,
             stale_io: STALE_IO,
             connect_timeout: Duration::from_secs(10),
+            ack_timeout: Duration::from_secs(5),
             heartbeat: heartbeat::Config::default(),
         }
     }

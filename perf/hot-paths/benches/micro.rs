@@ -86,8 +86,13 @@ mod rnbd {
 mod nbd {
     use super::*;
 
-    const EXPORT: Export =
-        Export { size: 1 << 30, block_size: 512, max_payload: 1 << 25, flags: TransmissionFlags(1) };
+    const EXPORT: Export = Export {
+        size: 1 << 30,
+        block_size: 512,
+        any_range: false,
+        max_payload: 1 << 25,
+        flags: TransmissionFlags(1),
+    };
 
     #[divan::bench]
     fn request_header(bencher: Bencher<'_, '_>) {

@@ -13,7 +13,7 @@ use verbs::{
 use crate::{BATCH, Kind, LEN, Round};
 
 const CAPS: QpCaps = QpCaps { max_send_wr: 64, max_recv_wr: 64, max_send_sge: 1, max_recv_sge: 1 };
-const PARAMS: ConnParams = ConnParams { retry: 7, rnr_retry: 7, read_depth: 4 };
+const PARAMS: ConnParams = ConnParams { read_depth: 4, ..ConnParams::FOREVER };
 const ACCESS: Access =
     Access { local_write: true, remote_write: true, remote_read: true, window_bind: false };
 

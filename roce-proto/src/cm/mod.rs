@@ -204,6 +204,8 @@ pub struct AcceptParams<'a> {
     pub qp: QpFacts,
     /// RNR retries of the *peer's* queue pair, 0..=7; 7 is for ever.
     pub rnr_retry: u8,
+    /// Target ACK Delay, 0..=31: the peer's timer will not be shorter than 4.096 µs × 2^code.
+    pub ack_delay: u8,
     /// READs.
     pub reads: Depths,
     /// At most [`REP_PRIVATE`] bytes for the peer's consumer.

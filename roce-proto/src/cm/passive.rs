@@ -176,7 +176,7 @@ impl Agent {
             start_psn: params.qp.start_psn,
             responder_resources: serve,
             initiator_depth: issue,
-            ack_delay: ACK_DELAY,
+            ack_delay: params.ack_delay.min(31),
             rnr_retry: params.rnr_retry.min(7),
             guid: self.identity.guid,
             private,
@@ -264,6 +264,3 @@ impl Agent {
 pub(super) fn refusal(remote_id: u32) -> Rej {
     Rej::new(Ids { local: 0, remote: remote_id }, of::REQ, reason::CONSUMER)
 }
-
-/// What Linux rxe announces: 134 ms.
-const ACK_DELAY: u8 = 15;

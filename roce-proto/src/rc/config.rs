@@ -21,7 +21,9 @@ pub struct Config {
     pub recv_psn: Psn,
     /// Local ACK timeout code 1..=31, 4.096 µs × 2^code; 0 is taken as 17. Upper bound of the retransmission timer.
     pub ack_timeout: u8,
-    /// 0..=7. The peer is given up after `retry` + 1 tries and that many times four timeouts without progress, the
+    /// The peer is given up after so long without progress; 0: as `retry` has it.
+    pub give_up: Nanos,
+    /// 0..=7. Without [`Config::give_up`], the peer is given up after `retry` + 1 tries and that many times four timeouts without progress, the
     /// longest that the standard lets a timer be.
     pub retry: u8,
     /// 0..=7, 7 is for ever.
@@ -51,6 +53,7 @@ impl Config {
             send_psn,
             recv_psn,
             ack_timeout: 17,
+            give_up: 0,
             retry: 7,
             rnr_retry: 7,
             min_rnr_timer: 12,
@@ -68,10 +71,11 @@ impl Config {
         self.mtu.clamp(256, 4096).ilog2()
     }
 
-    /// The timeout that the code stands for (IBTA 9.7.6.1.3).
+    /// The timeout that the code stands for (IBTA 9.7.6.1.3), and some tries before the peer is given up.
     pub(super) fn timeout(&self) -> Nanos {
         let code = if self.ack_timeout == 0 { 17 } else { self.ack_timeout & 31 };
-        4096 << code
+        let standard = 4096 << code;
+        if self.give_up == 0 { standard } else { standard.min((self.give_up / 4).max(1)) }
     }
 }
 
@@ -100,6 +104,8 @@ mod tests {
         assert_eq!(config.timeout(), 536_870_912);
         config.ack_timeout = 31;
         assert_eq!(config.timeout(), 4096 << 31);
+        config.give_up = 1_000_000_000;
+        assert_eq!(config.timeout(), 250_000_000);
     }
 
     #[test]

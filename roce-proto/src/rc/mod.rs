@@ -230,7 +230,13 @@ impl<S: Copy, R: Copy> Qp<S, R> {
 
     fn break_off(&mut self, send: Status, receive: Status, out: &mut impl FnMut(Completion<S, R>)) {
         self.state = State::Error;
-        self.responder.flush(receive, out);
-        self.requester.flush(send, out);
+        // The reason first: users look no further.
+        if send == Status::Flushed {
+            self.responder.flush(receive, out);
+            self.requester.flush(send, out);
+        } else {
+            self.requester.flush(send, out);
+            self.responder.flush(receive, out);
+        }
     }
 }

@@ -171,8 +171,11 @@ impl<S: Copy> Requester<S> {
         self.ack_interval = self.window.ack_interval();
         self.rtt = Rtt::new(config);
         self.progress_at = now;
-        self.retry = u32::from(config.retry);
-        self.patience = (u64::from(config.retry) + 1) * 4 * config.timeout();
+        (self.retry, self.patience) = match config.give_up {
+            0 => (u32::from(config.retry), (u64::from(config.retry) + 1) * 4 * config.timeout()),
+            // Not at the first timeout: after a pause of this process, that one is late.
+            give_up => (1, give_up),
+        };
         (self.rnr_retry, self.rnr_left) = (config.rnr_retry, config.rnr_retry);
     }
 

@@ -255,6 +255,7 @@ pub fn connect_params(n: u32) -> ConnectParams<'static> {
 
 pub fn accept_params(qpn: u32) -> AcceptParams<'static> {
     AcceptParams {
+        ack_delay: 15,
         qp: QpFacts { qpn, start_psn: Psn::new(0x123456) },
         rnr_retry: 5,
         reads: Depths { serve: 3, issue: 3 },

@@ -13,6 +13,7 @@ use super::event::Event;
 use super::lane::{ConSizes, Lane, LinkStart, SessionSetup};
 use super::path::PathId;
 use super::session::{Limits, Session, SessionId};
+use super::silence::Silence;
 use super::upper::Upper;
 
 /// How long requests of a path that is to be disconnected may take to be answered.
@@ -33,7 +34,7 @@ impl<U: Upper> Client<U> {
         if session.shared.is_none() && !self.make_session(id) {
             return;
         }
-        self.link_up(id);
+        self.link_up(now, id);
         self.events.push(Event::PathUp { session: session_id, path: id });
         if phase == SessionPhase::Down {
             self.session_up(session_id);
@@ -61,7 +62,7 @@ impl<U: Upper> Client<U> {
     }
 
     /// Requests may take the path.
-    fn link_up(&mut self, id: PathId) {
+    fn link_up(&mut self, now: Instant, id: PathId) {
         let Some(session) = self.sessions.values_mut().find(|s| s.has(id)) else { return };
         let (Some(shared), heartbeat) = (session.shared.clone(), session.options.heartbeat) else { return };
         let Some(path) = session.path(id) else { return };
@@ -73,7 +74,7 @@ impl<U: Upper> Client<U> {
             path.shared.reconnected(true);
         }
         (path.phase, path.ever_up, path.tried, path.retries) = (PathPhase::Up, true, true, 0);
-        (path.retire, path.insist_until) = (None, None);
+        (path.retire, path.insist_until, path.silence) = (None, None, Some(Silence::new(now)));
         path.shared.set_retiring(false);
         path.provider_errors.clear();
         for (index, reactor) in shared.reactors.iter().enumerate() {
@@ -112,7 +113,7 @@ impl<U: Upper> Client<U> {
             tracing::info!(session = name, path = %path.spec, why = %error, "closing path");
         }
         path.phase = PathPhase::Closing;
-        path.retire = None;
+        (path.retire, path.silence) = (None, None);
         attempt.deadline = None;
         attempt.error = Some(error);
         for con in attempt.cons.iter_mut() {

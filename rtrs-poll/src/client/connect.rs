@@ -143,7 +143,7 @@ impl<U: Upper> Client<U> {
             session_uuid,
             first_conn: attempt.first,
         };
-        let params = ConnParams { retry: RETRY_COUNT, rnr_retry: 7, read_depth: 0 };
+        let params = ConnParams { retry: RETRY_COUNT, give_up: options.ack_timeout, ..ConnParams::FOREVER };
         cm.connect(con.id, params, request.to_wire().as_bytes()).map_err(|e| e.to_string())
     }
 

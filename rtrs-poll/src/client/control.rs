@@ -18,6 +18,7 @@ use super::keys::{KeyTable, Keys};
 use super::lane::{Lane, Remains, Reports};
 use super::path::PathId;
 use super::session::SessionId;
+use super::silence::Change;
 use super::upper::Upper;
 
 type Handler = Rc<dyn Fn(&mut Turn<'_>, Event)>;
@@ -31,6 +32,8 @@ pub struct Client<U: Upper> {
     pub(super) sessions: BTreeMap<SessionId, SessionEntry>,
     /// Disconnects that the peer has not confirmed, and until when to wait for it.
     pub(super) leaving: HashMap<CmId, (usize, Instant)>,
+    /// For [`Client::expire`].
+    due: Vec<SessionId>,
     pub(super) events: Vec<Event>,
     pub(super) keys: Keys,
     /// When to look for memory that nobody else holds.
@@ -161,6 +164,7 @@ impl<U: Upper> Client<U> {
             conns: HashMap::new(),
             sessions: BTreeMap::new(),
             leaving: HashMap::new(),
+            due: Vec::new(),
             events: Vec::new(),
             keys: Keys::new(registry),
             look_at_memory: None,
@@ -302,8 +306,11 @@ impl<U: Upper> Client<U> {
     /// Does what is due.
     fn expire(&mut self, now: Instant) {
         let due = |s: &&SessionEntry| s.deadline().is_some_and(|d| d <= now);
-        let sessions: Vec<SessionId> = self.sessions.values().filter(due).map(|s| s.id).collect();
-        sessions.into_iter().for_each(|id| self.expire_session(now, id));
+        // Sessions with traffic are due all the time: this does not allocate.
+        let mut sessions = std::mem::take(&mut self.due);
+        sessions.extend(self.sessions.values().filter(due).map(|s| s.id));
+        sessions.drain(..).for_each(|id| self.expire_session(now, id));
+        self.due = sessions;
         let gone: Vec<CmId> =
             self.leaving.iter().filter(|(_, (_, d))| *d <= now).map(|(id, _)| *id).collect();
         gone.into_iter().for_each(|id| self.left(id));
@@ -323,21 +330,47 @@ impl<U: Upper> Client<U> {
             let last = session.last_failure.clone().unwrap_or_else(|| "none".into());
             return self.end_session(now, id, SessionEnd::LossTimeout { after, last });
         }
-        let (mut late, mut retiring) = (Vec::new(), Vec::new());
+        let (mut late, mut retiring, mut quiet) = (Vec::new(), Vec::new(), Vec::new());
         for path in &mut session.paths {
             match path.phase {
-                PathPhase::Up => retiring.extend(path.retire.as_ref().map(|_| path.id)),
+                PathPhase::Up => {
+                    quiet.extend(path.is_quiet(now, &session.options.name).then_some(path.id));
+                    retiring.extend(path.retire.as_ref().map(|_| path.id));
+                }
                 PathPhase::Resting(until) if until <= now => path.phase = PathPhase::Waiting,
                 _ => late.extend(path.timeout(now, session.options.connect_timeout).map(|e| (path.id, e))),
             }
         }
         late.into_iter().for_each(|(path, error)| self.close_path(now, path, error));
+        for path in quiet {
+            if let Some(session) = self.sessions.get(&id) {
+                self.to_lanes(session, move |_, lane| lane.ask(path));
+            }
+        }
         retiring.into_iter().for_each(|path| self.look_at_retiring(now, path));
         self.start_waiting(now, id);
     }
 }
 
 impl PathEntry {
+    /// Says when the server does not answer, and when it does again. True if it is to be asked whether it is there.
+    fn is_quiet(&mut self, now: Instant, session: &str) -> bool {
+        let Some(silence) = self.silence.as_mut().filter(|s| s.look <= now) else { return false };
+        let (answered, inflight) = self.shared.answered();
+        let change = silence.look(now, answered, inflight);
+        match change {
+            Some(Change::Silent(since)) => tracing::warn!(
+                session, path = %self.spec, requests = inflight, ?since,
+                "the server does not answer; requests wait until it does, or until the path is given up"
+            ),
+            Some(Change::Answers(after)) => {
+                tracing::info!(session, path = %self.spec, ?after, "the server answers again")
+            }
+            Some(Change::Quiet) | None => {}
+        }
+        change == Some(Change::Quiet)
+    }
+
     /// What there was no answer to in time.
     fn timeout(&self, now: Instant, within: Duration) -> Option<PathError> {
         let attempt = self.attempt.as_ref().filter(|a| a.deadline.is_some_and(|d| d <= now))?;

@@ -14,6 +14,7 @@ use super::lane::ConSizes;
 use super::options::{PathSpec, SessionOptions};
 use super::path::{Path, PathId};
 use super::session::{Session, SessionId};
+use super::silence::Silence;
 
 /// A random uuid.
 pub(super) fn random_uuid() -> Uuid {
@@ -117,6 +118,8 @@ pub(super) struct PathEntry {
     pub last_error: Option<String>,
     /// It is to be disconnected on request, once its requests are answered.
     pub retire: Option<Retire>,
+    /// While it is up.
+    pub silence: Option<Silence>,
     /// Somebody asked for it to be connected: until then a server that has not finished with its former connections is
     /// asked again.
     pub insist_until: Option<Instant>,
@@ -242,6 +245,7 @@ impl PathEntry {
             hca_name: None,
             hca_port: 1,
             retire: None,
+            silence: None,
             insist_until: None,
             rotating_keys: false,
             last_error: None,
@@ -257,7 +261,10 @@ impl PathEntry {
     fn deadline(&self) -> Option<Instant> {
         match self.phase {
             PathPhase::Resting(until) => Some(until),
-            PathPhase::Up => self.retire.as_ref().map(|r| r.look.min(r.until)),
+            PathPhase::Up => {
+                let retire = self.retire.as_ref().map(|r| r.look.min(r.until));
+                retire.into_iter().chain(self.silence.map(|s| s.look)).min()
+            }
             _ => self.attempt.as_ref()?.deadline,
         }
     }
@@ -284,6 +291,7 @@ impl PathEntry {
             rotating_keys: self.rotating_keys,
             stats: self.shared.stats(),
             last_error: self.last_error.clone(),
+            silent: self.silence.and_then(|s| s.since()).map(|t| now.saturating_duration_since(t)),
             next_attempt,
         }
     }

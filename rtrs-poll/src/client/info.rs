@@ -57,6 +57,8 @@ pub struct PathInfo {
     pub stats: PathStats,
     /// Why it is not connected, or was not the last time.
     pub last_error: Option<String>,
+    /// It has requests in flight and has answered none for so long, if that is some seconds.
+    pub silent: Option<Duration>,
     /// Until the next attempt, if one is due.
     pub next_attempt: Option<Duration>,
 }

@@ -62,6 +62,7 @@ mod manage;
 mod options;
 mod path;
 mod session;
+mod silence;
 mod upper;
 
 pub use control::Client;

@@ -33,6 +33,9 @@ pub struct SessionOptions {
     /// A path that leaves a request unanswered for so long is reset, and the request fails over. `None`, as in the
     /// kernel: wait as long as the server answers heartbeats.
     pub io_timeout: Option<Duration>,
+    /// A path is lost when the server's end of the transport has acknowledged nothing for so long; `None`: as
+    /// [`ConnParams::give_up`](verbs::ConnParams::give_up).
+    pub ack_timeout: Option<Duration>,
     /// Interval and patience.
     pub heartbeat: heartbeat::Config,
 }
@@ -50,6 +53,7 @@ impl SessionOptions {
             loss_timeout: None,
             connect_timeout: Duration::from_secs(30),
             io_timeout: None,
+            ack_timeout: None,
             heartbeat: heartbeat::Config::default(),
         }
     }

@@ -157,6 +157,12 @@ impl Path {
         }
     }
 
+    /// Requests that were answered, ever, and those that were not yet.
+    pub fn answered(&self) -> (u64, u64) {
+        let all = self.totals();
+        ((all.rd_cnt + all.wr_cnt).wrapping_sub(all.inflight), all.inflight)
+    }
+
     /// Starts counting at 0 again. The counters have one writer each, so their present values become the base instead.
     pub fn reset_stats(&self) {
         *self.base.lock().unwrap_or_else(|e| e.into_inner()) = self.totals();

@@ -23,11 +23,13 @@ const CQ_ENTRIES: u32 = 32768;
 const SPARE_RECEIVES: u32 = 16;
 
 impl<U: Upper> Server<U> {
+    #[expect(clippy::too_many_arguments, reason = "a connect request has these parts")]
     pub(super) fn connect_request(
         &mut self,
         cx: &mut Turn<'_>,
         cm: usize,
         id: CmId,
+        ack_delay: Option<u8>,
         private: &[u8],
         local: SocketAddr,
         peer: SocketAddr,
@@ -38,7 +40,7 @@ impl<U: Upper> Server<U> {
         };
         let result = self
             .path_of(cx, cm, id, private, &admitted, local, peer)
-            .and_then(|tag| self.create_con(cx, cm, id, tag, admitted.cid));
+            .and_then(|tag| self.create_con(cx, cm, id, ack_delay, tag, admitted.cid));
         if let Err(why) = result {
             self.refuse(cx, cm, id, peer, Errno::ENOMEM, &why);
             match self.tags.get(&admitted.path).copied() {
@@ -136,6 +138,7 @@ impl<U: Upper> Server<U> {
         cx: &mut Turn<'_>,
         cm: usize,
         id: CmId,
+        ack_delay: Option<u8>,
         tag: u32,
         cid: u16,
     ) -> Result<(), String> {
@@ -158,6 +161,7 @@ impl<U: Upper> Server<U> {
         let con = ConEntry {
             cm,
             id,
+            ack_delay,
             lane,
             cq,
             entries,
@@ -258,7 +262,7 @@ impl<U: Upper> Server<U> {
         }
         let (cm, id) = (con.cm, con.id);
         let rsp = handshake::accept(&entry.path.geometry, rotating);
-        let params = ConnParams { retry: 7, rnr_retry: 7, read_depth: 0 };
+        let params = ConnParams { ack_delay: con.ack_delay, ..ConnParams::FOREVER };
         match self.cms[cm].accept(id, params, rsp.as_bytes()) {
             Ok(()) => con.accepted = true,
             Err(e) => self.close_path(cx, tag, &format!("con {cid}: {e}")),

@@ -69,6 +69,8 @@ pub struct Listening {
     pub addr: SocketAddr,
     /// "rdma-core", …
     pub provider: &'static str,
+    /// As [`ConnParams::ack_delay`](verbs::ConnParams::ack_delay), for its clients.
+    pub ack_delay: Option<u8>,
 }
 
 /// An RTRS server on the control thread, over any number of providers and reactors.
@@ -133,6 +135,7 @@ struct PathEntry {
 struct ConEntry {
     cm: usize,
     id: CmId,
+    ack_delay: Option<u8>,
     lane: usize,
     cq: usize,
     entries: u32,
@@ -273,11 +276,16 @@ impl<U: Upper> Server<U> {
         all
     }
 
-    /// Listens on `addr` through `provider`.
+    /// Listens on `addr` through `provider`. `ack_delay`: [`Listening::ack_delay`].
     ///
     /// # Errors
     /// [`ListenError`].
-    pub fn listen(&mut self, addr: SocketAddr, provider: &str) -> Result<Listening, ListenError> {
+    pub fn listen(
+        &mut self,
+        addr: SocketAddr,
+        provider: &str,
+        ack_delay: Option<u8>,
+    ) -> Result<Listening, ListenError> {
         if self.stopping {
             return Err(ListenError::Stopping);
         }
@@ -290,7 +298,7 @@ impl<U: Upper> Server<U> {
         };
         let id = self.cms[cm].listen(addr, 64)?;
         let addr = self.cms[cm].local_addr(id).unwrap_or(addr);
-        let listening = Listening { addr, provider: self.cms[cm].provider() };
+        let listening = Listening { addr, provider: self.cms[cm].provider(), ack_delay };
         self.listeners.insert(id, (cm, listening.clone()));
         tracing::info!(%addr, provider = listening.provider, "listening for RTRS");
         Ok(listening)
@@ -343,8 +351,9 @@ impl<U: Upper> Server<U> {
 
     fn event(&mut self, cx: &mut Turn<'_>, cm: usize, event: CmEvent) {
         match event {
-            CmEvent::ConnectRequest { id, private, local, peer, .. } => {
-                self.connect_request(cx, cm, id, &private, local, peer);
+            CmEvent::ConnectRequest { listener, id, private, local, peer } => {
+                let ack_delay = self.listeners.get(&listener).and_then(|(_, l)| l.ack_delay);
+                self.connect_request(cx, cm, id, ack_delay, &private, local, peer);
             }
             CmEvent::Established { .. } | CmEvent::Resolved(_) => {}
             CmEvent::Rejected { id, reason, .. } => {

@@ -158,7 +158,7 @@ impl TestServer {
             );
             server.borrow_mut().add_cm(cx, cm).expect("watchable");
             for n in paths {
-                server.borrow_mut().listen(ends(n).1, "loopback").expect("free");
+                server.borrow_mut().listen(ends(n).1, "loopback", None).expect("free");
             }
             cx.set_local(Rc::new(ServerLocal(server)));
         });

@@ -101,7 +101,7 @@ impl Rogue {
         let wrs: Vec<RecvWr> =
             std::iter::once(first).chain(rest).map(|sges| RecvWr { wr_id: con as u64, sges }).collect();
         qp.post_recv(&wrs).expect("room");
-        self.cm.accept(id, ConnParams { retry: 7, rnr_retry: 7, read_depth: 0 }, private).expect("accepted");
+        self.cm.accept(id, ConnParams::FOREVER, private).expect("accepted");
         self.cons.push((id, qp));
     }
 

@@ -18,7 +18,7 @@ const CQ_ENTRIES: u32 = 2048;
 /// A peer that found no receive comes back after 0.64 ms.
 const MIN_RNR_TIMER: u8 = 12;
 /// As perftest and rping ask for. Sixteen READs in flight are within every adapter's limits.
-const PARAMS: ConnParams = ConnParams { retry: 7, rnr_retry: 7, read_depth: 16 };
+const PARAMS: ConnParams = ConnParams { read_depth: 16, ..ConnParams::FOREVER };
 
 /// A connection manager, and the completion queue that all its connections share.
 pub struct Host {

@@ -3,9 +3,10 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use roce_proto::cm::{self, AcceptParams, Action, Attributes, ConnId, ConnectParams, Depths, QpFacts};
-use roce_proto::{Psn, rc};
+use roce_proto::{Nanos, Psn, rc};
 use verbs::{CmEvent, CmId, ConnParams, CqHandle, Error, Qp, QpCaps};
 
 use super::{Control, error, invalid};
@@ -27,6 +28,8 @@ pub struct Conn {
     mtu: u32,
     phase: Phase,
     qp: Option<QpFacts>,
+    /// When the peer is given up, if the connection is ours: nothing acknowledged for so long.
+    give_up: Option<Duration>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -76,6 +79,7 @@ impl Control {
             mtu: route.mtu,
             phase: Phase::Resolved,
             qp: None,
+            give_up: None,
         };
         self.conns.insert(id, conn);
         self.events.push(owner, CmEvent::Resolved(id));
@@ -145,6 +149,7 @@ impl Control {
         };
         let (src, dst, mtu) = (conn.local.ip(), conn.peer, conn.mtu);
         conn.phase = Phase::Going;
+        conn.give_up = Some(params.give_up.unwrap_or(GIVE_UP));
         let reads = depths(params.read_depth);
         let ConnParams { retry, rnr_retry, .. } = params;
         let params = ConnectParams { qp, mtu, retry, rnr_retry, reads, private };
@@ -161,7 +166,8 @@ impl Control {
             return Err(invalid("accept".into(), "not a pending request with a queue pair"));
         };
         let reads = depths(params.read_depth);
-        let params = AcceptParams { qp, rnr_retry: params.rnr_retry, reads, private };
+        let ack_delay = params.ack_delay.unwrap_or(ACK_DELAY);
+        let params = AcceptParams { qp, rnr_retry: params.rnr_retry, ack_delay, reads, private };
         self.agent.accept(now(), ConnId(id.0), &params).map_err(|e| refused("accept", e))?;
         self.qpns.in_agent(qp.qpn);
         if let Some(conn) = self.conns.get_mut(&id) {
@@ -258,14 +264,20 @@ impl Control {
             return self.agent.destroy(now(), ConnId(id.0));
         };
         let port = port.clone();
-        self.conns.insert(id, Conn { owner, port, local, peer, mtu, phase: Phase::Requested, qp: None });
+        self.conns.insert(
+            id,
+            Conn { owner, port, local, peer, mtu, phase: Phase::Requested, qp: None, give_up: None },
+        );
         self.events.push(owner, CmEvent::ConnectRequest { listener, id, private, local, peer });
     }
 
     fn qp_ready(&self, conn: ConnId, attrs: Attributes) {
         let Some((_, engine)) = self.qpns.of(conn) else { return };
+        let give_up = self.conns.get(&CmId(conn.0)).and_then(|conn| conn.give_up);
         let config = rc::Config {
-            ack_timeout: attrs.ack_timeout,
+            // What servers announce is for peers that must not repeat too early. Our timer follows the round trip.
+            ack_timeout: attrs.ack_timeout.min(MAX_ACK_TIMEOUT),
+            give_up: give_up.map_or(0, |t| t.as_nanos() as Nanos),
             retry: attrs.retry,
             rnr_retry: attrs.rnr_retry,
             serve_reads: attrs.serve_reads,
@@ -276,6 +288,17 @@ impl Control {
         engine.push(Mail::Connect { attrs, config });
     }
 }
+
+/// Code of the longest retransmission timer: 0.54 s.
+const MAX_ACK_TIMEOUT: u8 = 17;
+
+/// Target ACK Delay that peers are told: 8.6 s. Linux rxe makes its timer of it, and does not survive a repetition: it
+/// executes REG_MR again, which fails. With the 15 that rxe itself announces, a server that does not run for half a
+/// second loses its clients.
+const ACK_DELAY: u8 = 21;
+
+/// A server that has acknowledged nothing for so long is given up.
+const GIVE_UP: Duration = Duration::from_secs(5);
 
 fn depths(reads: u8) -> Depths {
     let reads = reads.min(MAX_READS);

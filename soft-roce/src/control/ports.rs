@@ -11,7 +11,8 @@ use verbs::Error;
 use super::cm_socket::CmSocket;
 use super::{Control, OpenPort};
 use crate::clock::now;
-use crate::port::Port;
+use crate::neighbours::slot_name;
+use crate::port::{Port, SLOTS};
 
 /// A port that nobody uses stays open for so long, to answer peers that have not heard our last words.
 const LINGER: Nanos = 3_000_000_000;
@@ -28,10 +29,19 @@ impl Control {
     /// # Errors
     /// The address is not ours, or its RoCE port is somebody else's.
     pub fn port_for(&mut self, ip: IpAddr) -> Result<Arc<Port>, Error> {
-        match self.port_of(ip) {
-            Some(port) => Ok(port.clone()),
-            None => self.open_port(ip),
+        if let Some(port) = self.port_of(ip) {
+            return Ok(port.clone());
         }
+        // Another process has all addresses: packets reach either of us at once only if we join its group. If that is
+        // another user's, it does not let us in, and a port of our own takes what is for this address.
+        let all = unspecified(ip);
+        if ip != all
+            && (0..SLOTS).any(|slot| self.shared.neighbours.is_taken(&slot_name(all, slot)))
+            && let Ok(port) = self.open_port(all)
+        {
+            return Ok(port);
+        }
+        self.open_port(ip)
     }
 
     /// Ports for a listener on `ip`, which may be unspecified.

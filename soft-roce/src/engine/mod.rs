@@ -249,7 +249,8 @@ impl Engine {
     fn pass_on(&self, qpn: u32, from: &Source, udp: &[u8]) -> Result<(), Counter> {
         let shared = &self.port.shared;
         let Some(mailbox) = shared.engine_of(qpn) else {
-            if qpn & SLOT_MASK == u32::from(self.slot) {
+            // A process that has all addresses counts its slots for itself.
+            if qpn & SLOT_MASK == u32::from(self.slot) && self.port.ip.is_unspecified() {
                 return Err(Counter::UnknownQpn);
             }
             // Another process' slot, perhaps.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use engine::App;
 use rnbd_proto::open::SearchPath;
 use rpc::{MethodTable, RpcError, States};
-use rtrs_poll::{Choice, ListenError, Provider, owns_no_device};
+use rtrs_poll::{Choice, ListenError, Listening, Provider, owns_no_device};
 use rtrs_proto::limits::Geometry;
 use rtrs_proto::response::ReadStyle;
 use serde::{Deserialize, Serialize};
@@ -170,10 +170,10 @@ pub(super) fn config(app: &App) -> Vec<Value> {
     }
     let Some(server) = &state.server else { return calls };
     for l in server.borrow().listeners() {
-        calls.push(json!({"method": "rnbd_create_listener", "params": {
-            "adrfam": if l.addr.is_ipv4() { "ipv4" } else { "ipv6" },
-            "traddr": l.addr.ip().to_string(), "trsvcid": l.addr.port().to_string(), "provider": l.provider,
-        }}));
+        // "auto" stays so: after the next start there may be another device.
+        let mut params = listener_row(&l);
+        params["provider"] = state.asked.get(&l.addr).map_or(l.provider, String::as_str).into();
+        calls.push(json!({"method": "rnbd_create_listener", "params": params}));
     }
     calls
 }
@@ -185,6 +185,7 @@ struct Listen {
     traddr: String,
     trsvcid: Option<String>,
     provider: Option<String>,
+    ack_delay: Option<u8>,
 }
 
 #[derive(Deserialize)]
@@ -197,11 +198,26 @@ struct Unlisten {
 fn create_listener(app: &mut App, cx: &mut reactor::Turn<'_>, p: &Listen) -> Result<bool, RpcError> {
     const METHOD: &str = "rnbd_create_listener";
     let addr = socket_addr(METHOD, p.adrfam.as_deref(), &p.traddr, p.trsvcid.as_deref())?;
-    let server = server(app)?;
-    let mut server = server.borrow_mut();
+    if p.ack_delay.is_some_and(|code| code > 31) {
+        return Err(invalid(METHOD, "ack_delay", "use a code of 0 to 31: 4.096 µs times 2 to its power"));
+    }
     let name = p.provider.as_deref().unwrap_or("auto");
+    let listening = listen(&mut server(app)?.borrow_mut(), cx, addr, name, p.ack_delay)?;
+    state(app)?.borrow_mut().asked.insert(listening.addr, name.into());
+    Ok(true)
+}
+
+/// Listens through the provider, or the one of several that has a device for the address.
+fn listen(
+    server: &mut Server,
+    cx: &mut reactor::Turn<'_>,
+    addr: SocketAddr,
+    name: &str,
+    ack_delay: Option<u8>,
+) -> Result<Listening, RpcError> {
+    const METHOD: &str = "rnbd_create_listener";
     if name == "loopback" {
-        return server.listen(addr, name).map(|_| true).map_err(|e| listen_error(METHOD, &e));
+        return server.listen(addr, name, ack_delay).map_err(|e| listen_error(METHOD, &e));
     }
     let Some(choice) = Choice::parse(name) else {
         let text = format!("unknown provider '{name}': use {}", Choice::NAMES.join(", "));
@@ -209,15 +225,15 @@ fn create_listener(app: &mut App, cx: &mut reactor::Turn<'_>, p: &Listen) -> Res
     };
     let (last, others) = choice.candidates(addr.ip()).split_last().expect("there is always one");
     for provider in others {
-        match listen_through(&mut server, cx, addr, *provider) {
-            Ok(()) => return Ok(true),
+        match listen_through(server, cx, addr, *provider, ack_delay) {
+            Ok(listening) => return Ok(listening),
             Err(Refusal::Missing(why)) => {
                 tracing::debug!(%why, "no {} for {addr}: trying {}", provider.name(), last.name());
             }
             Err(Refusal::Other(e)) => return Err(listen_error(METHOD, &e)),
         }
     }
-    listen_through(&mut server, cx, addr, *last).map(|()| true).map_err(|refusal| match refusal {
+    listen_through(server, cx, addr, *last, ack_delay).map_err(|refusal| match refusal {
         Refusal::Missing(e) => verbs_error(METHOD, &e),
         Refusal::Other(e) => listen_error(METHOD, &e),
     })
@@ -235,7 +251,8 @@ fn listen_through(
     cx: &mut reactor::Turn<'_>,
     addr: SocketAddr,
     provider: Provider,
-) -> Result<(), Refusal> {
+    ack_delay: Option<u8>,
+) -> Result<Listening, Refusal> {
     if !server.has_provider(provider.name()) {
         let cm = provider.open().map_err(Refusal::Missing)?;
         server.add_cm(cx, cm).map_err(|source| {
@@ -243,11 +260,10 @@ fn listen_through(
             Refusal::Other(ListenError::Verbs(verbs::Error { what, source, hint: String::new() }))
         })?;
     }
-    match server.listen(addr, provider.name()) {
-        Ok(_) => Ok(()),
-        Err(ListenError::Verbs(e)) if owns_no_device(&e) => Err(Refusal::Missing(e)),
-        Err(e) => Err(Refusal::Other(e)),
-    }
+    server.listen(addr, provider.name(), ack_delay).map_err(|e| match e {
+        ListenError::Verbs(e) if owns_no_device(&e) => Refusal::Missing(e),
+        e => Refusal::Other(e),
+    })
 }
 
 fn socket_addr(
@@ -277,13 +293,18 @@ fn socket_addr(
 fn listeners(app: &App) -> Result<Value, RpcError> {
     let server = server(app)?;
     let list = server.borrow().listeners();
-    let row = |l: rtrs_poll::Listening| {
-        json!({
-            "adrfam": if l.addr.is_ipv4() { "ipv4" } else { "ipv6" },
-            "traddr": l.addr.ip().to_string(), "trsvcid": l.addr.port().to_string(), "provider": l.provider,
-        })
-    };
-    Ok(list.into_iter().map(row).collect())
+    Ok(list.iter().map(listener_row).collect())
+}
+
+fn listener_row(l: &Listening) -> Value {
+    let mut row = json!({
+        "adrfam": if l.addr.is_ipv4() { "ipv4" } else { "ipv6" },
+        "traddr": l.addr.ip().to_string(), "trsvcid": l.addr.port().to_string(), "provider": l.provider,
+    });
+    if let Some(code) = l.ack_delay {
+        row["ack_delay"] = code.into();
+    }
+    row
 }
 
 #[derive(Deserialize)]

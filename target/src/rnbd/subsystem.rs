@@ -1,6 +1,8 @@
 //! How the RNBD front end joins the engine.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -32,6 +34,8 @@ pub struct RnbdState {
     pub exports: Rc<RefCell<Exports>>,
     /// Options of the RTRS server, until it is made.
     pub options: rtrs_poll::Options,
+    /// Providers of listeners as they were asked for, by the listeners' addresses.
+    pub asked: BTreeMap<SocketAddr, String>,
     /// Sessions and their devices; from initialisation on.
     pub control: Option<Rc<RefCell<Control>>>,
     /// RTRS server; from initialisation on.

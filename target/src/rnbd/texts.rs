@@ -11,7 +11,7 @@ pub(super) const TEXTS: &[MethodText] = &[
     (
         "rnbd_create_listener",
         "true",
-        "Accepts clients on an address. `trsvcid` 1234 if absent; `provider` rdma-core, soft-roce, or auto (default): rdma-core if a device owns the address, else soft-roce.",
+        "Accepts clients on an address. `trsvcid` 1234 if absent; `provider` rdma-core, soft-roce, or auto (default): rdma-core if a device owns the address, else soft-roce. `ack_delay`: clients' network stacks wait at least 4.096 µs times 2 to this power (0 to 31) for an acknowledgement before they repeat; of soft-roce only, where 21 (8.6 s) is the default, since Linux' rxe loses its connection by a repetition: a target that does not run for a moment then loses no client. Clients with RDMA hardware recover from loss faster with 15.",
     ),
     (
         "rnbd_delete_export",

@@ -84,7 +84,7 @@ impl Client {
         };
         let handle = self.cq.as_ref().expect("created above").handle();
         let qp = self.cm.create_qp(id, &caps, &handle)?;
-        self.cm.connect(id, ConnParams { retry: 7, rnr_retry: 7, read_depth: 0 }, private)?;
+        self.cm.connect(id, ConnParams::FOREVER, private)?;
         Ok(qp)
     }
 

@@ -9,7 +9,7 @@ use iobuf::Region;
 use verbs::loopback::Fabric;
 use verbs::*;
 
-pub const FOREVER: ConnParams = ConnParams { retry: 7, rnr_retry: 7, read_depth: 4 };
+pub const FOREVER: ConnParams = ConnParams { read_depth: 4, ..ConnParams::FOREVER };
 pub const CAPS: QpCaps = QpCaps { max_send_wr: 16, max_recv_wr: 16, max_send_sge: 2, max_recv_sge: 2 };
 /// Where receives and writes land, and where sends come from, in each end's region.
 pub const IN: usize = 0;

@@ -158,6 +158,7 @@ impl Maps {
             reconnect: p.reconnect,
             loss_timeout: p.ctrlr_loss,
             connect_timeout: p.connect_timeout,
+            ack_timeout: Some(p.ack_timeout),
             heartbeat: p.heartbeat,
             ..SessionOptions::new(name, paths)
         };

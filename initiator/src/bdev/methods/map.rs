@@ -38,6 +38,7 @@ pub(super) struct MapCall {
     fast_io_fail_timeout_sec: Option<u32>,
     stale_io_timeout_sec: Option<u32>,
     connect_timeout_sec: Option<u32>,
+    ack_timeout_ms: Option<u32>,
     heartbeat_interval_ms: Option<u32>,
     heartbeat_missed_max: Option<u32>,
     resize_check_sec: Option<u32>,
@@ -51,6 +52,9 @@ enum Mode {
     Rw,
     Migration,
 }
+
+/// Less would take ordinary pauses for the end.
+const MIN_ACK_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// Seconds of which 0 means that there is no such time.
 fn seconds(n: u32) -> Option<Duration> {
@@ -121,6 +125,11 @@ impl MapCall {
                 .map_or(d.heartbeat.interval_ns, |ms| u64::from(ms) * 1_000_000),
             missed_max: self.heartbeat_missed_max.unwrap_or(d.heartbeat.missed_max),
         };
+        let ack_timeout = self.ack_timeout_ms.map_or(d.ack_timeout, |ms| Duration::from_millis(ms.into()));
+        if ack_timeout < MIN_ACK_TIMEOUT {
+            let text = format!("use at least {}", MIN_ACK_TIMEOUT.as_millis());
+            return Err(invalid(METHOD, "ack_timeout_ms", text));
+        }
         if heartbeat.interval_ns == 0 {
             return Err(invalid(METHOD, "heartbeat_interval_ms", "use at least 1"));
         }
@@ -137,6 +146,7 @@ impl MapCall {
             ctrlr_loss: self.ctrlr_loss_timeout_sec.map_or(Ok(None), |n| loss(METHOD, n))?,
             stale_io: self.stale_io_timeout_sec.map_or(d.stale_io, |s| Duration::from_secs(s.into())),
             connect_timeout,
+            ack_timeout,
             heartbeat,
         })
     }
@@ -168,6 +178,7 @@ pub(super) fn call(d: &DeviceInfo) -> Value {
         "fast_io_fail_timeout_sec": seconds(p.fast_io_fail),
         "stale_io_timeout_sec": s.stale_io.as_secs(),
         "connect_timeout_sec": s.connect_timeout.as_secs().max(1),
+        "ack_timeout_ms": s.ack_timeout.as_millis() as u64,
         "heartbeat_interval_ms": s.heartbeat.interval_ns / 1_000_000,
         "heartbeat_missed_max": s.heartbeat.missed_max,
         "resize_check_sec": seconds(p.resize_check),
@@ -211,7 +222,7 @@ mod tests {
                 "stale_io_timeout_sec": 3,
                 "uuid": "7f5a2b4e-9b1c-4a5e-8f64-0a1b2c3d4e5f", "connections": 3, "mpath_policy": "round-robin",
                 "reconnect_delay_sec": 3, "max_reconnect_attempts": 7, "ctrlr_loss_timeout_sec": 60,
-                "fast_io_fail_timeout_sec": 5, "connect_timeout_sec": 4, "heartbeat_interval_ms": 1500,
+                "fast_io_fail_timeout_sec": 5, "connect_timeout_sec": 4, "ack_timeout_ms": 1000, "heartbeat_interval_ms": 1500,
                 "heartbeat_missed_max": 2, "resize_check_sec": 0}),
         ];
         for params in calls {
@@ -232,6 +243,7 @@ mod tests {
             (json!({"max_reconnect_attempts": 10_000}), "max_reconnect_attempts: use -1"),
             (json!({"ctrlr_loss_timeout_sec": -2}), "ctrlr_loss_timeout_sec: use -1"),
             (json!({"connect_timeout_sec": 0}), "connect_timeout_sec: use at least 1"),
+            (json!({"ack_timeout_ms": 99}), "ack_timeout_ms: use at least 100"),
             (json!({"heartbeat_interval_ms": 0}), "heartbeat_interval_ms: use at least 1"),
         ] {
             let mut params = json!({"name": "d", "sessname": "s", "device_path": "x"});

@@ -61,6 +61,7 @@ fn path(p: &PathInfo) -> Value {
         "hca_port": p.hca_name.as_ref().map(|_| p.hca_port),
         "cur_latency_ns": p.latency_ns,
         "rotating_keys": p.rotating_keys,
+        "silent_ms": p.silent.map(|t| t.as_millis() as u64),
         "last_error": p.last_error,
         "next_attempt_ms": p.next_attempt.map(|t| t.as_millis() as u64),
         "stats": counters(&p.stats),

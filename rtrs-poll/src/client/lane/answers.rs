@@ -25,6 +25,9 @@ impl<U: Upper> Lane<U> {
             (WcStatus::Success, Tag::Recv(n)) => self.received(cx, key, n, wc),
             (WcStatus::Success, Tag::InfoRecv) => self.info_received(key, wc),
             (WcStatus::Flushed, _) => self.io.broken(key, "queue pair was flushed"),
+            (WcStatus::Error(wc_status::RETRY_EXC_ERR), _) => {
+                self.io.broken(key, "the server has acknowledged nothing for too long (RETRY_EXC_ERR)");
+            }
             (WcStatus::Error(code), _) => {
                 self.io.broken(key, &format!("work completion: {} ({code})", wc_status::name(code)));
             }

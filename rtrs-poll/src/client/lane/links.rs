@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use reactor::Turn;
 use rtrs_proto::heartbeat::Heartbeat;
+use rtrs_proto::imm;
 use verbs::Device;
 
 use super::Lane;
@@ -61,6 +62,17 @@ impl<U: Upper> Lane<U> {
 
     fn link_of(&self, path: PathId) -> Option<Key> {
         self.io.links.iter().find(|(_, l)| l.path.id == path).map(|(k, _)| k)
+    }
+
+    /// Sends a heartbeat at once, if con 0 of the path is here: the transport then notices a server that is gone.
+    pub(in crate::client) fn ask(&mut self, path: PathId) {
+        let service = self.link_of(path).and_then(|key| self.io.links.get(key)).and_then(|link| link.service);
+        let Some(key) = service else { return };
+        if let Some(con) = self.io.cons.get(key).filter(|c| c.can_beat()) {
+            con.push_imm(imm::HB_MSG);
+            self.io.mark(key);
+            self.io.post();
+        }
     }
 
     pub(super) fn session_of(&self, session: SessionId) -> Option<Key> {
