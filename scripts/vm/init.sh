@@ -12,6 +12,8 @@ mount -t devpts devpts /dev/pts
 ln -s /proc/self/fd /dev/fd
 for n in 0:stdin 1:stdout 2:stderr; do ln -s "/proc/self/fd/${n%:*}" "/dev/${n#*:}"; done
 mount -t tmpfs shm /dev/shm
+# All CPUs but the first, see run.sh.
+for c in /sys/devices/system/cpu/cpu[1-9]*/online; do echo 1 >"$c"; done
 for m in $(cat /modules/order); do insmod "/modules/$m" || echo "init: insmod $m failed" >/dev/kmsg; done
 
 die() {

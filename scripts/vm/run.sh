@@ -167,8 +167,11 @@ qemu=(
   qemu-system-x86_64 -accel tcg,thread=multi -cpu max,-la57 -smp "$cpus" -m "$memory"
   -nodefaults -no-user-config -display none -no-reboot
   -kernel "$dir/vmlinuz" -initrd "$dir/initrd.gz"
+  # The kernel patches its own code while it boots (static keys: the clock's, last). If another emulated CPU translates the
+  # same code meanwhile, it may keep the half-patched version, and dies of an int3 that nobody knows. So the others
+  # come up after that, see init.sh.
   # Emulated CPUs of a busy host stall for seconds: that is not a fault of the guest, so the watchdogs are lenient.
-  -append "console=ttyS0 loglevel=5 panic=-1 mitigations=off nokaslr tsc=reliable nowatchdog rcupdate.rcu_cpu_stall_timeout=120 sysctl.kernel.hung_task_timeout_secs=90"
+  -append "maxcpus=1 console=ttyS0 loglevel=5 panic=-1 mitigations=off nokaslr tsc=reliable nowatchdog rcupdate.rcu_cpu_stall_timeout=120 sysctl.kernel.hung_task_timeout_secs=90"
   -serial "file:$console"
   -device virtio-serial-pci -device virtconsole,chardev=hvc0
   -virtfs "local,path=/,mount_tag=host,security_model=none,multidevs=remap,readonly=on"
