@@ -1,7 +1,7 @@
 //! Data memory for requests of one reactor's connections.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use iobuf::{Buffer, MapError, Pool, Region, Registry, Segment};
 use smallvec::SmallVec;
@@ -21,7 +21,10 @@ const LARGE_COUNT: u32 = 64;
 const POOLED_MAX: usize = 1 << 20;
 
 /// Memory outside the pools for the requests of one reactor, at most, bytes. Clients that begin long writes and do not go
-/// on would otherwise hold as much as they have connections.
+/// on, or do not read what they asked for, would otherwise hold as much as they have connections.
+///
+/// A peer may have as much of it as is left for others: one alone gets half, two a third each, and there is always
+/// something for one more.
 const OWN_MAX: usize = 256 << 20;
 
 /// Pools that the connections of one reactor share: 2 MiB of small and 8 MiB of large buffers. Cheap to clone.
@@ -30,6 +33,21 @@ pub struct Buffers {
     small: Pool,
     large: Pool,
     own: Arc<AtomicUsize>,
+    /// Of one peer.
+    share: Share,
+    /// Somebody waits for memory outside the pools.
+    wanted: Arc<AtomicBool>,
+}
+
+/// Memory outside the pools that all connections of one peer have on one reactor, bytes. Cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub struct Share(Arc<AtomicUsize>);
+
+impl Share {
+    /// A connection has it.
+    pub fn is_used(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
 }
 
 /// The memory of one request; goes back to its pool when dropped.
@@ -48,13 +66,15 @@ pub(crate) enum Data {
 pub(crate) struct Own {
     region: Arc<Region>,
     len: usize,
-    /// Of all like it.
-    total: Arc<AtomicUsize>,
+    /// Of all like it, and those of the same peer.
+    totals: [Arc<AtomicUsize>; 2],
 }
 
 impl Drop for Own {
     fn drop(&mut self) {
-        self.total.fetch_sub(self.len, Ordering::Relaxed);
+        for total in &self.totals {
+            total.fetch_sub(self.len, Ordering::Relaxed);
+        }
     }
 }
 
@@ -68,7 +88,19 @@ impl Buffers {
             small: Pool::new(registry, SMALL_COUNT, SMALL_BUFFER)?,
             large: Pool::new(registry, LARGE_COUNT, LARGE_BUFFER)?,
             own: Arc::default(),
+            share: Share::default(),
+            wanted: Arc::default(),
         })
+    }
+
+    /// The same pools, for connections of the peer that has `share`.
+    pub fn of(&self, share: &Share) -> Self {
+        Self { share: share.clone(), ..self.clone() }
+    }
+
+    /// Whether somebody has waited for memory outside the pools since the last call.
+    pub fn take_wanted(&self) -> bool {
+        self.wanted.swap(false, Ordering::Relaxed)
     }
 
     /// Whether a request of `len` bytes gets memory of its own.
@@ -79,13 +111,21 @@ impl Buffers {
     /// Memory for `len` bytes outside the pools; `None` if the system has none. A system call.
     pub(crate) fn own(&self, len: usize) -> Option<Data> {
         let region = Region::new(len).ok()?;
-        self.own.fetch_add(len, Ordering::Relaxed);
-        Some(Data::Own(Own { region, len, total: self.own.clone() }))
+        let totals = [self.own.clone(), self.share.0.clone()];
+        for total in &totals {
+            total.fetch_add(len, Ordering::Relaxed);
+        }
+        Some(Data::Own(Own { region, len, totals }))
     }
 
-    /// Whether there may be `len` bytes more outside the pools.
+    /// Whether this peer may have `len` bytes more outside the pools.
     pub(crate) fn may_own(&self, len: usize) -> bool {
-        self.own.load(Ordering::Relaxed) + len <= OWN_MAX
+        let left = OWN_MAX.saturating_sub(self.own.load(Ordering::Relaxed));
+        let may = self.share.0.load(Ordering::Relaxed) + len <= left;
+        if !may {
+            self.wanted.store(true, Ordering::Relaxed);
+        }
+        may
     }
 
     /// Memory for `len` bytes, or `None`: try again when other requests have ended.
@@ -204,10 +244,28 @@ mod tests {
         assert_eq!(buffers.in_use(), (0, 0));
         let own = buffers.take(2 << 20).unwrap();
         assert!(matches!(own, Data::Own(_)));
-        assert!(buffers.may_own(OWN_MAX - (2 << 20)) && !buffers.may_own(OWN_MAX));
+        assert!(buffers.may_own(OWN_MAX - (4 << 20)) && !buffers.may_own(OWN_MAX - (3 << 20)));
         drop(own);
         assert!(buffers.may_own(OWN_MAX));
         assert_eq!(buffers.in_use(), (0, 0));
+    }
+
+    #[test]
+    fn a_peer_leaves_something_for_others() {
+        const ONE: usize = 32 << 20;
+        let all = Buffers::new(&Registry::default()).unwrap();
+        let take = |peer: &Buffers| -> Vec<Data> {
+            std::iter::from_fn(|| peer.may_own(ONE).then(|| peer.own(ONE).unwrap())).collect()
+        };
+        let greedy = all.of(&Share::default());
+        let held = take(&greedy);
+        assert_eq!(held.len(), 4, "half");
+        assert!(all.take_wanted() && !all.take_wanted());
+        let others: Vec<Buffers> = (0..3).map(|_| all.of(&Share::default())).collect();
+        let theirs: Vec<Vec<Data>> = others.iter().map(take).collect();
+        assert_eq!(theirs.iter().map(Vec::len).collect::<Vec<_>>(), [2, 1, 1]);
+        drop((held, theirs));
+        assert_eq!(take(&others[0]).len(), 4);
     }
 
     #[test]

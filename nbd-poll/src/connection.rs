@@ -46,6 +46,9 @@ pub enum End {
     /// The client has begun a request and does not go on with it.
     #[error("a request was begun, and nothing of the rest has come in time")]
     Stalled,
+    /// The client does not read its answers, which hold memory that others wait for.
+    #[error("the answers are not read, and others wait for their memory")]
+    Unread,
     /// The socket failed, or there is no memory for a very long request.
     #[error("the connection has failed: {0}")]
     Failed(#[from] io::Error),
@@ -202,10 +205,15 @@ impl Connection {
         self.end.is_none() && self.waiting.is_none() && self.slots.has_room() && begun
     }
 
-    /// The client has let its time pass.
-    pub fn time_out(&mut self) {
+    /// Answers with much memory wait for the client to read: how many bytes it has read, ever. `None`: none do.
+    pub fn unread(&self) -> Option<u64> {
+        (self.outbox.is_blocked() && self.slots.has_own()).then(|| self.outbox.total())
+    }
+
+    /// The client has let its time pass: `why` is [`End::Stalled`] or [`End::Unread`].
+    pub fn time_out(&mut self, why: End) {
         if self.end.is_none() {
-            self.finish(End::Stalled);
+            self.finish(why);
         }
     }
 

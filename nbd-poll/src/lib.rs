@@ -23,7 +23,7 @@ mod staging;
 mod stream;
 pub mod tls;
 
-pub use buffers::{Buffers, LARGE_BUFFER, SMALL_BUFFER};
+pub use buffers::{Buffers, LARGE_BUFFER, SMALL_BUFFER, Share};
 pub use connection::{Connection, End, Incoming, MAX_PAYLOAD};
 pub use slots::{MAX_IN_FLIGHT, RequestId};
 pub use stream::socket_pair;

@@ -19,13 +19,15 @@ pub(crate) struct Outbox {
     queue: VecDeque<RequestId>,
     /// Bytes of the first that are sent.
     sent: usize,
+    /// Bytes sent, ever.
+    total: u64,
     /// The socket is full.
     blocked: bool,
 }
 
 impl Outbox {
     pub(crate) fn new() -> Self {
-        Self { queue: VecDeque::new(), sent: 0, blocked: false }
+        Self { queue: VecDeque::new(), sent: 0, total: 0, blocked: false }
     }
 
     pub(crate) fn push(&mut self, id: RequestId) {
@@ -34,6 +36,11 @@ impl Outbox {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.queue.is_empty()
+    }
+
+    /// Bytes of answers that were sent, ever.
+    pub(crate) fn total(&self) -> u64 {
+        self.total
     }
 
     pub(crate) fn is_blocked(&self) -> bool {
@@ -90,6 +97,7 @@ impl Outbox {
     /// `n` more bytes are sent.
     fn advance(&mut self, n: usize, slots: &mut Slots) {
         self.sent += n;
+        self.total += n as u64;
         while let Some(id) = self.queue.front().copied() {
             let len = slots.reply_len(id);
             if self.sent < len {

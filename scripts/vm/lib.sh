@@ -6,6 +6,8 @@
 # `finish`.
 
 RNBD_CTL=/sys/devices/virtual/rnbd-client/ctl
+# On the host another run may have one, too.
+if [[ ${VM_NET:-} == tap ]]; then TARGET_SOCK=${TARGET_SOCK:-$HOST_JOB_DIR/target.sock}; fi
 TARGET_SOCK=${TARGET_SOCK:-/run/rnbd-target.sock}
 TARGET_LOG=$OUT_DIR/target.log
 TARGET_PID=

@@ -1,11 +1,12 @@
 //! One connection, on its reactor and as the control thread knows it.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bdev::Descriptor;
-use nbd_poll::listener::Socket;
+use nbd_poll::listener::{Peer, Socket};
 use nbd_poll::{Buffers, Connection, End, Incoming, RequestId};
 use nbd_proto::request::Command;
 
@@ -19,8 +20,8 @@ use super::ranges::{Armed, RangeLock};
 
 /// How long a client may take to read its last answers.
 const LINGER: Duration = Duration::from_secs(5);
-/// How long a client may leave a request unfinished: its memory is of use to nobody meanwhile.
-const STALL: Duration = Duration::from_secs(30);
+/// Later, when nobody has waited for it.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// Turns without work after which a connection is waited for instead of asked. Some tens of microseconds.
 const COLD_AFTER: u32 = 200;
 /// Looks with traffic since the last sleep after which the socket need not tell anybody what arrives: the notification
@@ -39,11 +40,32 @@ pub(super) struct NewClient {
     pub(super) fence: Fence,
     /// Of the export.
     pub(super) ranges: RangeLock,
+    /// Its peer, for what peers share.
+    pub(super) peer: PeerKey,
+    /// How long it may leave a request unfinished, or answers unread that others need the memory of.
+    pub(super) stall: Duration,
     /// What its requests are checked against.
     pub(super) limits: nbd_proto::request::Export,
     /// How it speaks.
     pub(super) agreed: Agreed,
     pub(super) stats: Arc<Stats>,
+}
+
+/// Whom a connection counts for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum PeerKey {
+    Address(IpAddr),
+    /// Number and user.
+    Process(u32, u32),
+}
+
+impl PeerKey {
+    pub(super) fn of(peer: &Peer) -> Self {
+        match peer {
+            Peer::Tcp(address) => Self::Address(address.ip()),
+            Peer::Unix { pid, uid } => Self::Process(*pid, *uid),
+        }
+    }
 }
 
 /// Requests of a connection. Written by its reactor only.
@@ -108,6 +130,9 @@ pub(super) struct Client {
     drop_at: Option<Instant>,
     /// Nothing more has come of a request that was begun, and by then it is too late.
     stall_at: Option<Instant>,
+    /// How much it had read when it stopped reading answers with much memory, and until when it may have that.
+    unread: Option<(u64, Instant)>,
+    stall: Duration,
     fence: Fence,
     raised: Option<Raised>,
 }
@@ -129,6 +154,8 @@ impl Client {
             size: new.limits.size,
             drop_at: None,
             stall_at: None,
+            unread: None,
+            stall: new.stall,
             fence: new.fence,
             raised: None,
         })
@@ -167,18 +194,37 @@ impl Client {
         self.connection.before_sleep()
     }
 
-    /// Ends the connection of a client that has begun a request and does not go on. True if it has.
-    pub(super) fn shed_if_stalled(&mut self, now: Instant) -> bool {
+    /// Ends the connection of a client that has begun a request and does not go on, or has `wanted` memory and does not
+    /// read. True if it has.
+    pub(super) fn shed_if_stalled(&mut self, now: Instant, wanted: bool) -> bool {
+        if let Some((_, until)) = &mut self.unread
+            && *until <= now
+        {
+            if wanted {
+                self.connection.time_out(End::Unread);
+                return true;
+            }
+            *until = now + LOOK_AGAIN;
+        }
         if self.stall_at.is_none_or(|t| t > now) {
             return false;
         }
         // Behind a fence nobody gets on.
-        self.stall_at = self.fence.is_up().then(|| now + STALL);
+        self.stall_at = self.fence.is_up().then(|| now + self.stall);
         let stalled = self.stall_at.is_none() && self.connection.is_mid_request();
         if stalled {
-            self.connection.time_out();
+            self.connection.time_out(End::Stalled);
         }
         stalled
+    }
+
+    /// Looks whether answers that hold much memory are being read; after they were sent.
+    pub(super) fn mind_unread(&mut self, now: Instant) {
+        match (self.connection.unread(), self.unread) {
+            (Some(read), Some((before, _))) if read == before => {}
+            (Some(read), _) => self.unread = Some((read, now + self.stall)),
+            (None, _) => self.unread = None,
+        }
     }
 
     /// Answers the question that was the next.
@@ -233,7 +279,9 @@ impl Client {
 
     /// For the reactor's sleep.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        self.drop_at.filter(|_| self.connection.in_flight() == 0).into_iter().chain(self.stall_at).min()
+        let unread = self.unread.map(|(_, until)| until);
+        let drop_at = self.drop_at.filter(|_| self.connection.in_flight() == 0);
+        drop_at.into_iter().chain(self.stall_at).chain(unread).min()
     }
 
     /// Counts quiet turns; true if the connection may be waited for from now on, and its descriptor is armed.
@@ -244,7 +292,7 @@ impl Client {
             && !self.connection.waits_for_memory()
             && !self.before_sleep(now);
         if cools && self.stall_at.is_none() && self.connection.is_mid_request() {
-            self.stall_at = Some(now + STALL);
+            self.stall_at = Some(now + self.stall);
         }
         cools
     }

@@ -4,6 +4,7 @@
 //! one system call.
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -11,12 +12,12 @@ use std::time::Instant;
 
 use bdev::Completions;
 use iobuf::Registry;
-use nbd_poll::{Buffers, Incoming};
+use nbd_poll::{Buffers, Incoming, Share};
 use nbd_proto::wire::ErrorCode;
 use reactor::{Handle, Polled, Poller, Turn};
 use rustix::event::{Timespec, epoll};
 
-use super::client::{Client, NewClient};
+use super::client::{Client, NewClient, PeerKey};
 use super::disk::{self, Disk, Tag};
 use super::question::{Answer, Question};
 use super::ranges::{Ticket, Waker};
@@ -54,6 +55,15 @@ struct Base {
     buffers: Buffers,
     /// The connections by their places.
     epoll: OwnedFd,
+    /// What each peer has of the memory outside the pools.
+    shares: HashMap<PeerKey, Share>,
+}
+
+impl Base {
+    fn of_peer(&mut self, peer: PeerKey) -> Buffers {
+        self.shares.retain(|_, share| share.is_used());
+        self.buffers.of(self.shares.entry(peer).or_default())
+    }
 }
 
 /// How messages find the lane of a reactor.
@@ -103,7 +113,8 @@ impl Lane {
 
     fn try_add(&mut self, cx: &mut Turn<'_>, new: NewClient) -> Result<(), String> {
         let base = self.base(cx)?;
-        let (buffers, epoll) = (base.buffers.clone(), base.epoll.try_clone().map_err(|e| e.to_string())?);
+        let epoll = base.epoll.try_clone().map_err(|e| e.to_string())?;
+        let buffers = base.of_peer(new.peer);
         let disk = self.disk(cx, &new)?;
         let place = self.clients.iter().position(Option::is_none).unwrap_or(self.clients.len());
         let client = Client::new(new, disk, buffers, cx.now).and_then(|client| {
@@ -125,14 +136,14 @@ impl Lane {
         Ok(())
     }
 
-    fn base(&mut self, cx: &mut Turn<'_>) -> Result<&Base, String> {
+    fn base(&mut self, cx: &mut Turn<'_>) -> Result<&mut Base, String> {
         if self.base.is_none() {
             let buffers = Buffers::new(&self.registry).map_err(|e| e.to_string())?;
             let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| e.to_string())?;
             cx.watch(epoll.as_raw_fd()).map_err(|e| e.to_string())?;
-            self.base = Some(Base { buffers, epoll });
+            self.base = Some(Base { buffers, epoll, shares: HashMap::new() });
         }
-        Ok(self.base.as_ref().expect("just made"))
+        Ok(self.base.as_mut().expect("just made"))
     }
 
     /// The place of the export's disk, with one user more.
@@ -363,6 +374,7 @@ impl Lane {
     fn send_answers(&mut self, cx: &mut Turn<'_>, place: u32) -> bool {
         let Some(client) = self.clients[place as usize].as_mut() else { return false };
         client.connection.send();
+        client.mind_unread(cx.now);
         if client.mind_fence()
             && let Some(disk) = self.disks[client.disk].as_mut()
         {
@@ -385,9 +397,10 @@ impl Lane {
             return;
         }
         self.look_at = None;
+        let wanted = self.base.as_ref().is_some_and(|base| base.buffers.take_wanted());
         for place in 0..self.clients.len() {
             let Some(client) = self.clients[place].as_mut() else { continue };
-            let stalled = client.shed_if_stalled(now);
+            let stalled = client.shed_if_stalled(now, wanted);
             let deadline = client.deadline();
             self.look_at = self.look_at.into_iter().chain(deadline).min();
             if stalled || deadline.is_some_and(|t| t <= now) {

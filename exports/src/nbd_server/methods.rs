@@ -89,8 +89,9 @@ pub(super) const TEXTS: &[MethodText] = &[
     (
         "nbd_server_set_options",
         "true",
-        "Limits of the NBD server: connections in all (1024), handshakes at once on one listener (64), and how long a \
-         client may take to choose an export (10 s); what is absent stays.",
+        "Limits of the NBD server: connections in all (1024), handshakes at once on one listener (64), how long a client may \
+         take to choose an export (10 s), and how long it may leave a request unfinished, or answers unread whose memory \
+         others wait for (`stall_timeout_ms`, 30000); what is absent stays.",
     ),
 ];
 
@@ -100,6 +101,7 @@ struct SetOptions {
     max_connections: Option<u32>,
     max_handshakes: Option<u32>,
     handshake_timeout_ms: Option<u32>,
+    stall_timeout_ms: Option<u32>,
 }
 
 fn set_options(app: &App, p: &SetOptions) -> Result<bool, RpcError> {
@@ -108,6 +110,7 @@ fn set_options(app: &App, p: &SetOptions) -> Result<bool, RpcError> {
         ("max_connections", p.max_connections),
         ("max_handshakes", p.max_handshakes),
         ("handshake_timeout_ms", p.handshake_timeout_ms),
+        ("stall_timeout_ms", p.stall_timeout_ms),
     ] {
         if value == Some(0) {
             return Err(invalid(METHOD, name, &format!("{name} must be at least 1")));
@@ -120,6 +123,9 @@ fn set_options(app: &App, p: &SetOptions) -> Result<bool, RpcError> {
     options.max_handshakes = number(p.max_handshakes, options.max_handshakes);
     if let Some(ms) = p.handshake_timeout_ms {
         options.handshake_timeout = Duration::from_millis(ms.into());
+    }
+    if let Some(ms) = p.stall_timeout_ms {
+        options.stall_timeout = Duration::from_millis(ms.into());
     }
     Ok(true)
 }
@@ -419,6 +425,7 @@ pub(super) fn config(server: &Server) -> Vec<Value> {
         calls.push(json!({"method": "nbd_server_set_options", "params": {
             "max_connections": o.max_connections, "max_handshakes": o.max_handshakes,
             "handshake_timeout_ms": o.handshake_timeout.as_millis() as u64,
+            "stall_timeout_ms": o.stall_timeout.as_millis() as u64,
         }}));
     }
     for (name, e) in server.exports.iter() {

@@ -37,12 +37,16 @@ pub(super) struct Options {
     pub(super) max_handshakes: usize,
     /// How long a client may take to choose an export.
     pub(super) handshake_timeout: Duration,
+    /// How long a client may leave a request unfinished, whose memory is of use to nobody meanwhile; or answers unread,
+    /// when others wait for their memory.
+    pub(super) stall_timeout: Duration,
 }
 
 impl Default for Options {
     fn default() -> Self {
         let AcceptorOptions { timeout, max_handshakes, .. } = AcceptorOptions::default();
-        Self { max_connections: 1024, max_handshakes, handshake_timeout: timeout }
+        let stall_timeout = Duration::from_secs(30);
+        Self { max_connections: 1024, max_handshakes, handshake_timeout: timeout, stall_timeout }
     }
 }
 

@@ -10,7 +10,7 @@ cat >/run/target.json <<JSON
   {"subsystem": "bdev", "config": [
     {"method": "bdev_malloc_create", "params": {"name": "Malloc0", "num_blocks": 131072, "block_size": 512}}]},
   {"subsystem": "rnbd", "config": [{"method": "rnbd_create_listener",
-    "params": {"traddr": "10.9.1.1", "provider": "soft-roce"${ACK_DELAY:+, "ack_delay": $ACK_DELAY}}}]}]}
+    "params": {"traddr": "10.9.1.1", "provider": "soft-roce"${ACK_DELAY:+, \"ack_delay\": $ACK_DELAY}}}]}]}
 JSON
 start_target /run/target.json
 load_rnbd_client

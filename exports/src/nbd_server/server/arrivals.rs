@@ -6,7 +6,7 @@ use engine::App;
 use nbd_poll::listener::{Accepted, Address, Event, HandshakeError};
 use reactor::Turn;
 
-use super::super::client::{NewClient, Stats};
+use super::super::client::{NewClient, PeerKey, Stats};
 use super::super::export::View;
 use super::super::lane::Lane;
 use super::{Connected, Listening, Server};
@@ -70,6 +70,8 @@ impl Server {
             descriptor: export.descriptor.clone(),
             fence: export.fence.clone(),
             ranges: export.ranges.clone(),
+            peer: PeerKey::of(&accepted.who.peer),
+            stall: self.options.stall_timeout,
             // As the client was told; a size that moved meanwhile is followed at its first request.
             limits: nbd_proto::request::Export {
                 size: accepted.chosen.size,
