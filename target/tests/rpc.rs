@@ -451,6 +451,7 @@ fn what_was_saved_can_be_loaded() {
     let a = Target::start(&[]);
     let file = a.file("disk.img", 1 << 20);
     let image = a.file("image.img", 1 << 20);
+    let address = test_support::address(test_support::network(), 1).to_string();
     for (method, params) in [
         ("bdev_null_create", json!({"name": "N0", "num_blocks": 64, "block_size": 512})),
         ("bdev_null_create", json!({"name": "N1", "num_blocks": 64, "block_size": 4096})),
@@ -471,11 +472,20 @@ fn what_was_saved_can_be_loaded() {
         ),
         ("rnbd_create_export", json!({"device_path": "sub/image", "bdev_name": "A0", "read_only": true})),
         ("rnbd_create_listener", json!({"traddr": "192.0.2.1", "provider": "loopback"})),
+        ("rnbd_create_listener", json!({"traddr": address, "provider": "auto", "ack_delay": 18})),
+        ("bdev_null_create", json!({"name": "Gone", "num_blocks": 64, "block_size": 512})),
+        ("rnbd_create_export", json!({"device_path": "gone", "bdev_name": "Gone"})),
+        ("bdev_null_delete", json!({"name": "Gone"})),
     ] {
         ok(&a, method, params);
     }
     let (saved, batched) = (save(&a, false), save(&a, true));
     let bdevs = ok(&a, "bdev_get_bdevs", json!({}));
+    let calls = saved["subsystems"].as_array().unwrap().iter().flat_map(|s| s["config"].as_array().unwrap());
+    let listener =
+        json!({"adrfam": "ipv4", "traddr": address, "trsvcid": "1234", "provider": "auto", "ack_delay": 18});
+    assert!(calls.clone().any(|c| c["params"] == listener), "the choice, not what came of it: {saved}");
+    assert!(!calls.clone().any(|c| c["params"]["device_path"] == "gone"), "the next start would refuse it");
     assert!(saved["subsystems"][1]["config"].as_array().unwrap().iter().all(Value::is_object));
     let batch = &batched["subsystems"][1]["config"][0];
     assert_eq!(batch.as_array().unwrap().len(), 2, "both null bdevs: {batch}");

@@ -163,7 +163,9 @@ pub(super) fn config(app: &App) -> Vec<Value> {
     let Ok(state) = state(app) else { return Vec::new() };
     let state = state.borrow();
     let mut calls = vec![options_config(&state)];
-    for e in state.exports.borrow().list() {
+    // An export stays when its bdev has gone, which may come back; the next start would refuse it.
+    let exports = state.exports.borrow();
+    for e in exports.list().iter().filter(|e| app.manager.get(&e.bdev_name).is_ok()) {
         calls.push(json!({"method": "rnbd_create_export", "params": {
             "device_path": e.device_path, "bdev_name": e.bdev_name, "read_only": e.read_only, "allow": e.allow,
         }}));

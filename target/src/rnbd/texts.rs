@@ -6,7 +6,7 @@ pub(super) const TEXTS: &[MethodText] = &[
     (
         "rnbd_create_export",
         "true",
-        "Offers a bdev to clients under `device_path`; to all of them without `allow`. The parts of one `allow` must match together.",
+        "Offers a bdev to clients under `device_path`; to all of them without `allow`. The parts of one `allow` must match together. An export stays when its bdev is deleted, in case that comes back; it is not saved meanwhile.",
     ),
     (
         "rnbd_create_listener",
