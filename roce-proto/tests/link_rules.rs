@@ -854,6 +854,20 @@ fn packets_that_were_not_sent_come_out_again_as_if_new() {
 }
 
 #[test]
+fn a_repeated_answer_that_was_not_sent_takes_no_place() {
+    let mut b = Bench::with(Config { serve_reads: 1, ..config() });
+    b.write(Opcode::ReadRequest, 0, 0, 2 * MTU);
+    assert_eq!(b.all().len(), 2);
+    // The network has doubled the request. The peer has its answer, and goes on while ours is still held up.
+    b.write(Opcode::ReadRequest, 0, 0, 2 * MTU);
+    for p in b.all().iter().rev() {
+        b.qp.unsent(&p.headers);
+    }
+    b.write(Opcode::ReadRequest, 2, 0, MTU);
+    assert_eq!((b.qp.state(), b.all().len()), (State::Ready, 1), "the new answer is what counts");
+}
+
+#[test]
 fn naks_that_were_not_sent_come_out_again() {
     let mut b = Bench::new();
     b.write(Opcode::WriteOnly, 3, 4, 4);

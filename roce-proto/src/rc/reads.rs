@@ -36,12 +36,23 @@ pub(super) struct Reads {
     start: u64,
     /// Everything before this packet was answered at least once.
     answered: u64,
+    /// The same, when the peer last asked again: answers up to there are repetitions.
+    repeated: u64,
 }
 
 impl Reads {
     pub(super) fn new(depth: u8) -> Self {
         let depth = u32::from(depth.min(MAX_READS));
-        Self { records: Default::default(), serve: 0, tail: 0, depth, cursor: 0, start: 0, answered: 0 }
+        Self {
+            records: Default::default(),
+            serve: 0,
+            tail: 0,
+            depth,
+            cursor: 0,
+            start: 0,
+            answered: 0,
+            repeated: 0,
+        }
     }
 
     fn record(&self, n: u32) -> &Record {
@@ -89,6 +100,7 @@ impl Reads {
             if inside && (!self.is_pending() || seq < self.cursor) {
                 self.serve = n;
                 (self.cursor, self.start) = (seq, seq);
+                self.repeated = self.answered;
             }
             return inside;
         }
@@ -141,7 +153,8 @@ impl Reads {
         if (record.first..record.end).contains(&seq) {
             self.start = if first { seq } else { record.first };
             (self.serve, self.cursor) = (serve, seq);
-            self.answered = self.answered.min(seq);
+            // A repetition that was not sent leaves the first answer sent.
+            self.answered = self.answered.min(seq.max(self.repeated));
         }
     }
 

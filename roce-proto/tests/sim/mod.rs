@@ -381,7 +381,11 @@ impl World {
     /// Everything arrived exactly once, in order, with the right bytes, and completed in order.
     pub fn check(&self) {
         for (side, end) in self.ends.iter().enumerate() {
-            assert_eq!(end.qp.state(), State::Ready);
+            let failed = |c: &&Completion<u32, u32>| {
+                matches!(c, Completion::SendFailed { .. } | Completion::RecvFailed { .. })
+            };
+            let why = end.completions.iter().find(failed);
+            assert_eq!(end.qp.state(), State::Ready, "side {side}: {why:?}, {} ms", self.now / 1_000_000);
             check_sent(end);
             check_received(side, &self.ends[1 - side], end);
             check_memory(side, &self.ends[1 - side], end);
