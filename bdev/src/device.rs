@@ -54,7 +54,7 @@ pub struct Info {
     pub aliases: Vec<String>,
     /// As SPDK names it: "Malloc disk", "URING bdev", …
     pub product_name: &'static str,
-    /// Stable identity.
+    /// Stable identity, which is an alias, too.
     pub uuid: uuid::Uuid,
     /// Logical block, bytes: a power of two, 512..=65536.
     pub block_size: u32,
@@ -83,6 +83,13 @@ pub struct Info {
 }
 
 impl Info {
+    /// The aliases, and the UUID if it is none of them: SPDK makes it one of every bdev.
+    pub fn all_aliases(&self) -> Vec<String> {
+        let uuid =
+            Some(self.uuid.to_string()).filter(|uuid| !self.uuid.is_nil() && !self.aliases.contains(uuid));
+        self.aliases.iter().cloned().chain(uuid).collect()
+    }
+
     /// What an `IoChannel` on this bdev takes: `native` and what it adds.
     pub fn supported(&self) -> OpSet {
         let mut set = self.native.with(Op::Flush).with(Op::Reset);

@@ -190,7 +190,7 @@ impl Entry {
 impl Drop for Entry {
     fn drop(&mut self) {
         let Some(bdev) = self.bdev.take() else { return };
-        let names: Vec<String> = names_of(bdev.info()).cloned().collect();
+        let names: Vec<String> = names_of(bdev.info()).collect();
         // The backend first: its file is closed and its lock released before anyone hears that it is gone.
         drop(bdev);
         if let Some(manager) = self.manager.upgrade() {
@@ -246,15 +246,15 @@ impl Manager {
         {
             let mut table = self.table();
             for name in names_of(&info) {
-                if let Some(id) = table.names.get(name) {
+                if let Some(id) = table.names.get(&name) {
                     let removing = !table.live.contains_key(id);
-                    return Err(Error::Exists { name: name.clone(), removing });
+                    return Err(Error::Exists { name, removing });
                 }
             }
             let id = table.next_id;
             table.next_id += 1;
             for name in names_of(&info) {
-                table.names.insert(name.clone(), id);
+                table.names.insert(name, id);
             }
             let entry = Entry {
                 blocks: AtomicU64::new(bdev.blocks()),
@@ -458,8 +458,8 @@ impl Manager {
 }
 
 /// Name and aliases.
-fn names_of(info: &Info) -> impl Iterator<Item = &String> {
-    std::iter::once(&info.name).chain(&info.aliases)
+fn names_of(info: &Info) -> impl Iterator<Item = String> {
+    std::iter::once(info.name.clone()).chain(info.all_aliases())
 }
 
 impl Entry {

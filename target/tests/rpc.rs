@@ -420,6 +420,22 @@ fn spdk_top_gets_what_it_asks_for() {
 }
 
 #[test]
+fn a_bdev_is_known_by_its_uuid_too() {
+    let t = Target::start(&[]);
+    let uuid = "7f5a2b4e-9b1c-4a5e-8f64-0a1b2c3d4e5f";
+    let malloc = |name: &str| json!({"name": name, "num_blocks": 64, "block_size": 512, "uuid": uuid});
+    ok(&t, "bdev_malloc_create", malloc("M0"));
+    let rows = ok(&t, "bdev_get_bdevs", json!({"name": uuid}));
+    assert_eq!((&rows[0]["name"], &rows[0]["aliases"]), (&json!("M0"), &json!([uuid])));
+    let (code, text) = refused(&t, "bdev_malloc_create", malloc("M1"));
+    assert_eq!(code, -17, "{text}");
+    ok(&t, "rnbd_create_export", json!({"device_path": "disk", "bdev_name": uuid}));
+    ok(&t, "bdev_malloc_delete", json!({"name": uuid}));
+    ok(&t, "bdev_malloc_create", malloc("M1"));
+    t.stop();
+}
+
+#[test]
 fn idle_policy_is_set_and_shown() {
     let t = Target::start(&[]);
     let set = |params| ok(&t, "framework_set_idle_policy", params);

@@ -111,7 +111,7 @@ fn bdev_row(app: &App, s: &BdevStatus) -> Value {
     let info = s.bdev.info();
     let mut row = json!({
         "name": info.name,
-        "aliases": info.aliases,
+        "aliases": info.all_aliases(),
         "product_name": info.product_name,
         "block_size": info.block_size,
         "num_blocks": s.blocks,
