@@ -5,12 +5,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [[ $(id -u) == 0 ]] || { echo "network namespaces need root"; exit 77; }
+# The namespace has no way out to fetch anything.
+[[ ${IN_NAMESPACE:-} == 1 ]] || scripts/packages.sh fio iproute2 procps
 # Everything below runs in a namespace that goes with this process.
 [[ ${IN_NAMESPACE:-} == 1 ]] || IN_NAMESPACE=1 exec unshare -n -- "$0" "$@"
 . scripts/lib.sh
 bin=$(realpath "${1:-build/release}")
 rpc=$(realpath scripts/vm/rpc.py)
-scripts/packages.sh fio iproute2 procps
 
 dir=$(mktemp -d "${TMPDIR:-/tmp}/rnbd-paths.XXXXXX")
 far='' target='' initiator='' load=''
