@@ -174,6 +174,11 @@ impl Data {
                 // SAFETY: the caller keeps `self`, and with it the region.
                 segments.extend(unsafe { own.region.segment(start, len) }.filter(|s| s.len > 0));
             }
+            // Most: one buffer, from its beginning.
+            Self::Pooled(buffers) if start == 0 && buffers.first().is_some_and(|b| len <= b.len()) => {
+                // SAFETY: as below.
+                segments.extend(buffers.first().and_then(|b| unsafe { b.segment(len) }).filter(|_| len > 0));
+            }
             Self::Pooled(buffers) => {
                 let (mut skip, mut left) = (start, len);
                 for buffer in buffers {

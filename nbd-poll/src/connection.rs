@@ -205,6 +205,11 @@ impl Connection {
         self.end.is_none() && self.waiting.is_none() && self.slots.has_room() && begun
     }
 
+    /// The socket takes no more answers now.
+    pub fn is_blocked(&self) -> bool {
+        self.outbox.is_blocked()
+    }
+
     /// Answers with much memory wait for the client to read: how many bytes it has read, ever. `None`: none do.
     pub fn unread(&self) -> Option<u64> {
         (self.outbox.is_blocked() && self.slots.has_own()).then(|| self.outbox.total())
@@ -390,7 +395,7 @@ impl Connection {
             Event::Refused(refusal) => {
                 tracing::debug!(%refusal, "NBD");
                 let to = To { cookie: refusal.cookie, offset: refusal.offset };
-                let id = self.slots.enter(to, 0, 0, crate::buffers::Data::None);
+                let id = self.slots.enter(to, (0, 0), 0, crate::buffers::Data::None);
                 self.slots.refuse(id, refusal.error, refusal.why);
                 self.outbox.push(id);
             }
@@ -401,7 +406,7 @@ impl Connection {
     /// Gives memory to the request that waits for it. False if there is none.
     fn admit_waiting(&mut self, out: &mut Vec<Incoming>) -> bool {
         let Some(request) = self.waiting else { return true };
-        let len = self.memory_for(&request);
+        let (len, before) = self.memory_for(&request);
         if Buffers::is_own(len) && (self.slots.has_own() || !self.buffers.may_own(len)) {
             return false;
         }
@@ -418,8 +423,7 @@ impl Connection {
         self.waiting = None;
         let answer_len = if request.command() == Command::Read { request.data_len() } else { 0 };
         let to = To { cookie: request.cookie(), offset: request.offset() };
-        let before = request.cover(self.machine.export().block_size).before;
-        let id = self.slots.enter(to, before, answer_len, data);
+        let id = self.slots.enter(to, (len as u32, before), answer_len, data);
         if request.payload_len() > 0 {
             self.writing = Some(id);
         } else {
@@ -430,7 +434,7 @@ impl Connection {
 
     /// Whether [`Connection::admit_waiting`] would find memory now.
     fn has_memory_for(&self, request: &Request) -> bool {
-        let len = self.memory_for(request);
+        let (len, _) = self.memory_for(request);
         let stuck = self.in_flight == 0 && self.outbox.is_empty();
         if Buffers::is_own(len) {
             !self.slots.has_own() && self.buffers.may_own(len)
@@ -439,15 +443,19 @@ impl Connection {
         }
     }
 
-    /// Bytes of memory for a request: the blocks of its data.
-    fn memory_for(&self, request: &Request) -> usize {
-        if request.data_len() == 0 { 0 } else { request.cover(self.machine.export().block_size).len as usize }
+    /// Bytes of memory for a request, the blocks of its data; and how many of them are in front of its range.
+    fn memory_for(&self, request: &Request) -> (usize, u32) {
+        let (len, export) = (request.data_len(), self.machine.export());
+        if len == 0 || !export.any_range {
+            return (len as usize, 0);
+        }
+        let cover = request.cover(export.block_size);
+        (cover.len as usize, cover.before)
     }
 
     fn hand_out(&mut self, id: RequestId, request: Request, out: &mut Vec<Incoming>) {
-        let len = self.memory_for(&request);
         // SAFETY: the slot keeps the memory until the request is answered.
-        let segments = unsafe { self.slots.segments(id, len) };
+        let segments = unsafe { self.slots.segments(id) };
         self.in_flight += 1;
         out.push(Incoming { id, request, segments });
     }

@@ -18,6 +18,8 @@ pub struct RequestId(pub u32);
 #[derive(Debug, Default)]
 struct Slot {
     to: To,
+    /// Bytes of `data` that the device has: whole blocks.
+    len: u32,
     /// Bytes of `data` in front of what the client sends or gets: those of the first block that are not in its range.
     before: u32,
     /// Data that a good answer carries, bytes.
@@ -53,11 +55,18 @@ impl Slots {
         self.own > 0
     }
 
-    /// A place for a request; `answer_len` bytes of `data` go out with a good answer, after the first `before`.
+    /// A place for a request; `answer_len` bytes of `data` go out with a good answer, after the first `before`. The device
+    /// has `len` bytes.
     ///
     /// # Panics
     /// Without room.
-    pub(crate) fn enter(&mut self, to: To, before: u32, answer_len: u32, data: Data) -> RequestId {
+    pub(crate) fn enter(
+        &mut self,
+        to: To,
+        (len, before): (u32, u32),
+        answer_len: u32,
+        data: Data,
+    ) -> RequestId {
         let index = self.free.pop().unwrap_or_else(|| {
             assert!(self.slots.len() < MAX_IN_FLIGHT, "has_room was asked");
             self.slots.push(Slot::default());
@@ -65,18 +74,19 @@ impl Slots {
         });
         self.own += usize::from(matches!(data, Data::Own(_)));
         let slot = &mut self.slots[index as usize];
-        (slot.to, slot.before, slot.answer_len) = (to, before, answer_len);
+        (slot.to, slot.len, slot.before, slot.answer_len) = (to, len, before, answer_len);
         (slot.data, slot.used) = (data, true);
         RequestId(index)
     }
 
-    /// The request's memory for the device: whole blocks, `len` bytes.
+    /// The request's memory for the device: whole blocks.
     ///
     /// # Safety
     /// As for [`Data::segments`]: the slot stays in use until the I/O has completed.
-    pub(crate) unsafe fn segments(&self, id: RequestId, len: usize) -> Segments {
+    pub(crate) unsafe fn segments(&self, id: RequestId) -> Segments {
+        let slot = &self.slots[id.0 as usize];
         // SAFETY: the caller's promise.
-        unsafe { self.slots[id.0 as usize].data.segments(0, len) }
+        unsafe { slot.data.segments(0, slot.len as usize) }
     }
 
     /// Where the last `left` of the `len` bytes go that the client sends.
@@ -216,7 +226,7 @@ mod tests {
             if let Some(at) = at {
                 data.poke(at, 1);
             }
-            let id = slots.enter(To { cookie: 1, offset: 0 }, 0, len as u32, data);
+            let id = slots.enter(To { cookie: 1, offset: 0 }, (len as u32, 0), len as u32, data);
             assert!(slots.answer(id, Ok(())));
             let hole = slots.reply_len(id) == 32;
             assert_eq!(hole, at.is_none(), "{len} {at:?}");

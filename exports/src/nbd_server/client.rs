@@ -220,6 +220,9 @@ impl Client {
 
     /// Looks whether answers that hold much memory are being read; after they were sent.
     pub(super) fn mind_unread(&mut self, now: Instant) {
+        if self.unread.is_none() && !self.connection.is_blocked() {
+            return;
+        }
         match (self.connection.unread(), self.unread) {
             (Some(read), Some((before, _))) if read == before => {}
             (Some(read), _) => self.unread = Some((read, now + self.stall)),
@@ -279,6 +282,9 @@ impl Client {
 
     /// For the reactor's sleep.
     pub(super) fn deadline(&self) -> Option<Instant> {
+        if self.drop_at.is_none() && self.stall_at.is_none() && self.unread.is_none() {
+            return None;
+        }
         let unread = self.unread.map(|(_, until)| until);
         let drop_at = self.drop_at.filter(|_| self.connection.in_flight() == 0);
         drop_at.into_iter().chain(self.stall_at).chain(unread).min()

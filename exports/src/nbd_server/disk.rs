@@ -96,8 +96,8 @@ impl Disk {
     /// The request changes a part of a block: its client must be armed before it is submitted.
     pub(super) fn is_partial(&self, incoming: &Incoming) -> bool {
         let mask = (1_u64 << self.shift) - 1;
-        (incoming.request.offset() | incoming.request.len()) & mask != 0
-            && incoming.request.command().modifies()
+        incoming.request.command().modifies()
+            && (incoming.request.offset() | incoming.request.len()) & mask != 0
     }
 
     /// The range lock knows of a client that changes parts of blocks, until the guard is dropped.

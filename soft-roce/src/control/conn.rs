@@ -69,7 +69,7 @@ impl Control {
             };
             error(what(), e, hint)
         })?;
-        let port = self.port_for(route.src)?;
+        let port = if route.src == ip { self.port_beside(ip) } else { self.port_for(route.src) }?;
         let id = CmId::next();
         let conn = Conn {
             owner,

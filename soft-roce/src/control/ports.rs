@@ -29,19 +29,27 @@ impl Control {
     /// # Errors
     /// The address is not ours, or its RoCE port is somebody else's.
     pub fn port_for(&mut self, ip: IpAddr) -> Result<Arc<Port>, Error> {
-        if let Some(port) = self.port_of(ip) {
-            return Ok(port.clone());
+        match self.port_of(ip) {
+            Some(port) => Ok(port.clone()),
+            None => self.open_port(ip),
         }
-        // Another process has all addresses: packets reach either of us at once only if we join its group. If that is
-        // another user's, it does not let us in, and a port of our own takes what is for this address.
+    }
+
+    /// As [`Control::port_for`], to talk with another process on the same address. If that has all addresses, packets reach
+    /// either of us at once only if we join its group: a port of our own would take what is for it.
+    ///
+    /// # Errors
+    /// As for [`Control::port_for`].
+    pub fn port_beside(&mut self, ip: IpAddr) -> Result<Arc<Port>, Error> {
         let all = unspecified(ip);
-        if ip != all
-            && (0..SLOTS).any(|slot| self.shared.neighbours.is_taken(&slot_name(all, slot)))
-            && let Ok(port) = self.open_port(all)
-        {
-            return Ok(port);
+        let neighbours = &self.shared.neighbours;
+        let is_taken = |ip| (0..SLOTS).any(|slot| neighbours.is_taken(&slot_name(ip, slot)));
+        let joins = self.port_of(ip).is_none() && !is_taken(ip) && is_taken(all);
+        // Another user's group does not let us in.
+        match joins.then(|| self.open_port(all)) {
+            Some(Ok(port)) => Ok(port),
+            _ => self.port_for(ip),
         }
-        self.open_port(ip)
     }
 
     /// Ports for a listener on `ip`, which may be unspecified.
