@@ -22,6 +22,8 @@ cleanup() {
 trap cleanup EXIT
 cp "$bin/rnbd-target" "$bin/rnbd-initiator" "$dir/"
 cd "$dir"
+passed=0
+passed() { passed=$((passed + 1)); echo "ok: $*"; }
 fail() { echo "FAILED: $*"; tail -n 30 target.log initiator.log; exit 1; }
 
 ip link set lo up
@@ -92,7 +94,7 @@ load=$!
 written() { "$rpc" initiator.sock nbd_server_get_connections | python3 -c "
 import json, sys; print(sum(c['num_write_ops'] for c in json.load(sys.stdin)))"; }
 moved() { [[ $(written) -gt $(($1 + 200)) ]]; }
-moves() { local before; before=$(written); wait_while "$load" "the load to go on" moved "$before" || fail "$1: $(cat fio.err)"; }
+moves() { local before; before=$(written); wait_while "$load" "the load to go on" moved "$before" || fail "$1: $(cat fio.err)"; passed "$1"; }
 moves "the load begins"
 
 echo "one path is cut"
@@ -123,7 +125,9 @@ kill -INT "$load"
 wait "$load" || true
 grep -q '"error" : 0' load.json || fail "the load: $(cat fio.err load.json)"
 load=''
+passed "no request failed, and every block is right"
 grep -q 'has acknowledged nothing for too long' initiator.log || fail "the reason is not told"
+passed "the log says why a path was given up"
 python3 - <<'PY'
 import json
 text = open("load.json").read()
@@ -166,9 +170,10 @@ one_host() { # ADDRESS early|late
     --bs=64k --iodepth=8 --size=32M --verify=crc32c --verify_fatal=1 >near.log 2>&1 || fail "$(cat near.log)"
   grep -h 'READ:\|WRITE:' near.log
   end
+  passed "one host, $1, the target comes $2"
 }
 for address in 127.0.0.1 10.77.1.1; do
   one_host "$address" early
   one_host "$address" late
 done
-echo "11 passed, 0 failed"
+echo "$passed passed, 0 failed"

@@ -62,7 +62,7 @@ pub(super) enum PeerKey {
 impl PeerKey {
     pub(super) fn of(peer: &Peer) -> Self {
         match peer {
-            Peer::Tcp(address) => Self::Address(address.ip()),
+            Peer::Tcp(address) => Self::Address(address.ip().to_canonical()),
             Peer::Unix { pid, uid } => Self::Process(*pid, *uid),
         }
     }

@@ -37,9 +37,18 @@ struct Place {
     granted: bool,
 }
 
+impl Place {
+    fn overlaps(&self, other: &Self) -> bool {
+        self.first < other.end && other.first < self.end
+    }
+}
+
+/// Whose places may go on.
+type Told = Vec<(MemberId, Ticket)>;
+
 #[derive(Debug, Default)]
 struct Table {
-    /// In the order in which they came.
+    /// In the order in which they came, which is that of their tickets.
     places: Vec<Place>,
     members: Vec<MemberId>,
     /// Members with changes under way that have no place.
@@ -55,11 +64,18 @@ impl Table {
         self.next
     }
 
-    /// Lets go whom nobody is in front of any more; these are told.
-    fn grant(&mut self) -> Vec<(MemberId, Ticket)> {
-        let mut told = Vec::new();
-        for i in 0..self.places.len() {
-            if !self.places[i].granted && self.is_free(i) {
+    /// Takes a place out, and lets those go on that only it was in front of. Others need no look, however many wait.
+    fn remove(&mut self, ticket: Ticket) -> Told {
+        let Ok(index) = self.places.binary_search_by_key(&ticket.0, |p| p.ticket) else { return Told::new() };
+        let gone = self.places.remove(index);
+        self.grant(index, |place| place.overlaps(&gone))
+    }
+
+    /// Lets those places from `from` on go that `which` picks and that nobody is in front of any more; these are told.
+    fn grant(&mut self, from: usize, which: impl Fn(&Place) -> bool) -> Told {
+        let mut told = Told::new();
+        for i in from..self.places.len() {
+            if !self.places[i].granted && which(&self.places[i]) && self.is_free(i) {
                 self.places[i].granted = true;
                 told.push((self.places[i].member, Ticket(self.places[i].ticket)));
             }
@@ -69,9 +85,7 @@ impl Table {
 
     fn is_free(&self, index: usize) -> bool {
         let place = &self.places[index];
-        let blocks = |earlier: &Place| {
-            (earlier.alone || place.alone) && earlier.first < place.end && place.first < earlier.end
-        };
+        let blocks = |earlier: &Place| (earlier.alone || place.alone) && earlier.overlaps(place);
         (!place.alone || self.undrained.is_empty()) && !self.places[..index].iter().any(blocks)
     }
 }
@@ -118,19 +132,16 @@ impl RangeLock {
         self.0.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes the table, and tells whom that concerns.
-    fn with<R>(&self, f: impl FnOnce(&mut Table) -> R) -> R {
+    /// Changes the table, and tells those whose places may go on.
+    fn with(&self, f: impl FnOnce(&mut Table) -> Told) {
         let mut guard = self.lock();
         let (table, wakers) = &mut *guard;
-        let result = f(table);
-        let told: Vec<_> = table
-            .grant()
+        let told: Vec<_> = f(table)
             .into_iter()
             .filter_map(|(id, ticket)| Some((wakers.iter().find(|(i, _)| *i == id)?.1.clone(), ticket)))
             .collect();
         drop(guard);
         told.into_iter().for_each(|(waker, ticket)| waker.granted(ticket));
-        result
     }
 }
 
@@ -166,7 +177,10 @@ impl Member {
 
     /// What this reactor had under way without a place has ended.
     pub(super) fn drained(&self) {
-        self.lock.with(|table| table.undrained.retain(|id| *id != self.id));
+        self.lock.with(|table| {
+            table.undrained.retain(|id| *id != self.id);
+            table.grant(0, |place| place.alone)
+        });
     }
 
     /// Takes a place for a change of blocks `first` to `end`; `alone`: of a part of them. True if it may go on at once, else
@@ -183,7 +197,7 @@ impl Member {
 
     /// Gives a place back.
     pub(super) fn leave(&self, ticket: Ticket) {
-        self.lock.with(|table| table.places.retain(|p| p.ticket != ticket.0));
+        self.lock.with(|table| table.remove(ticket));
     }
 }
 
@@ -196,6 +210,7 @@ impl Drop for Member {
             table.undrained.retain(|i| *i != id);
             // None in order; after an abort nobody waits for the device.
             table.places.retain(|p| p.member != id);
+            table.grant(0, |_| true)
         });
     }
 }
@@ -220,12 +235,12 @@ mod tests {
     use super::*;
 
     #[derive(Default)]
-    struct Told {
+    struct Heard {
         drains: Mutex<usize>,
         granted: Mutex<Vec<Ticket>>,
     }
 
-    impl Waker for Told {
+    impl Waker for Heard {
         fn drain(&self) {
             *self.drains.lock().unwrap() += 1;
         }
@@ -235,9 +250,9 @@ mod tests {
         }
     }
 
-    fn two() -> ([Arc<Told>; 2], [Member; 2]) {
+    fn two() -> ([Arc<Heard>; 2], [Member; 2]) {
         let lock = RangeLock::default();
-        let told = [Arc::<Told>::default(), Arc::default()];
+        let told = [Arc::<Heard>::default(), Arc::default()];
         let members = [0, 1].map(|i: usize| lock.join(told[i].clone()));
         (told, members)
     }
@@ -291,6 +306,30 @@ mod tests {
         assert!(told[0].granted.lock().unwrap().is_empty());
         b.leave(part);
         assert_eq!(*told[0].granted.lock().unwrap(), [behind]);
+    }
+
+    /// Whoever takes a place out looks only at those that overlap: nobody else may have become free by it.
+    #[test]
+    fn nobody_who_is_free_waits() {
+        let (mut table, member, mut state) = (Table::default(), MemberId(0), 7_u64);
+        let mut number = move |below: u64| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 33) % below
+        };
+        for _ in 0..2000 {
+            if table.places.len() < 24 && number(2) == 0 {
+                let (ticket, first, alone) = (table.number(), number(40), number(2) == 0);
+                let end = first + 1 + number(6);
+                table.places.push(Place { ticket, member, first, end, alone, granted: false });
+                table.grant(table.places.len() - 1, |_| true);
+            } else if let Some(place) = table.places.iter().filter(|p| p.granted).nth(number(4) as usize) {
+                let ticket = Ticket(place.ticket);
+                table.remove(ticket);
+            }
+            for (i, place) in table.places.iter().enumerate() {
+                assert_eq!(place.granted, table.is_free(i), "{place:?} of {:?}", table.places);
+            }
+        }
     }
 
     #[test]

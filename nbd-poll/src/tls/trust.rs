@@ -31,8 +31,8 @@ pub(super) struct TrustedClient {
     pub(super) trusted: Trusted,
 }
 
-/// The certificate was refused for nothing but being an authority's, and is trusted itself. Its time has been checked
-/// before.
+/// The certificate was refused for being an authority's, and is trusted itself. Its time was checked before that; what it
+/// may be used for (extended key usage) is not checked: who put it there has seen it.
 fn is_trusted_itself(why: &Error, shown: &CertificateDer<'_>, trusted: &Trusted) -> bool {
     matches!(webpki_error(why), Some(webpki::Error::CaUsedAsEndEntity)) && trusted.contains(shown)
 }

@@ -27,11 +27,10 @@ pub(super) fn register(t: &mut MethodTable<App>) {
     });
     t.method_sync::<Unlisten, _>("rnbd_delete_listener", States::RUNTIME, |app, p| {
         let addr = socket_addr("rnbd_delete_listener", None, &p.traddr, p.trsvcid.as_deref())?;
-        server(app)?
-            .borrow_mut()
-            .unlisten(addr)
-            .map(|()| true)
-            .map_err(|e| listen_error("rnbd_delete_listener", &e))
+        let gone = server(app)?.borrow_mut().unlisten(addr);
+        gone.map_err(|e| listen_error("rnbd_delete_listener", &e))?;
+        state(app)?.borrow_mut().asked.remove(&addr);
+        Ok(true)
     });
     t.method_without_params("rnbd_get_listeners", States::RUNTIME, |app, r| r.reply(listeners(app)));
     t.method_sync::<CreateExport, _>("rnbd_create_export", States::RUNTIME, create_export);
