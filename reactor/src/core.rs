@@ -59,6 +59,14 @@ struct Entry {
     timed: Option<(Duration, Instant)>,
 }
 
+/// What a reactor does between two turns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pause {
+    Spin,
+    Yield,
+    Sleep,
+}
+
 /// Everything of a reactor except its pollers, so that a poller can be handed the rest.
 struct Core {
     handle: Handle,
@@ -188,17 +196,25 @@ impl Reactor {
 
     /// Spins, yields or sleeps, as the policy says. True: it has slept.
     fn idle(&mut self, now: Instant) -> bool {
+        let pause = self.pause(now);
+        match pause {
+            Pause::Sleep => self.sleep(now),
+            // If that takes long, it was the last time: see `Crowd`.
+            Pause::Yield => std::thread::yield_now(),
+            Pause::Spin => std::hint::spin_loop(),
+        }
+        pause == Pause::Sleep
+    }
+
+    /// What to do after a turn without work that began at `now`.
+    #[inline]
+    fn pause(&self, now: Instant) -> Pause {
         let idle = now.duration_since(self.last_work);
         match self.core.handle.policy() {
-            IdlePolicy::Adaptive { spin } if idle >= spin || self.crowd.is_there(now) => {
-                self.sleep(now);
-                return true;
-            }
-            // If that takes long, it was the last time: see `Crowd`.
-            _ if idle >= YIELD_AFTER => std::thread::yield_now(),
-            _ => std::hint::spin_loop(),
+            IdlePolicy::Adaptive { spin } if idle >= spin || self.crowd.is_there(now) => Pause::Sleep,
+            _ if idle >= YIELD_AFTER => Pause::Yield,
+            _ => Pause::Spin,
         }
-        false
     }
 
     fn sleep(&mut self, now: Instant) {
@@ -369,4 +385,65 @@ fn with_fd<R>(fd: RawFd, f: impl FnOnce(BorrowedFd<'_>) -> R) -> R {
     // or closed through it.
     let fd = unsafe { BorrowedFd::borrow_raw(fd) };
     f(fd.as_fd())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Works at every turn, if it is told to.
+    struct Worker {
+        works: Rc<std::cell::Cell<bool>>,
+        rests: bool,
+    }
+
+    impl Poller for Worker {
+        fn poll(&mut self, _: &mut Turn<'_>) -> Polled {
+            self.works.get().into()
+        }
+
+        fn rests(&self) -> bool {
+            self.rests
+        }
+    }
+
+    const SPIN: Duration = Duration::from_millis(20);
+
+    #[test]
+    fn work_is_a_reason_to_spin_unless_it_rests() {
+        for rests in [false, true] {
+            let mut reactor = Reactor::new("test", None, IdlePolicy::Adaptive { spin: SPIN }).unwrap();
+            let works = Rc::new(std::cell::Cell::new(true));
+            let worker = Worker { works: works.clone(), rests };
+            reactor.setup(|cx| cx.add_poller("worker", Box::new(worker)));
+            let start = reactor.last_work;
+            let mut now = start;
+            for _ in 0..20 {
+                now += SPIN / 10;
+                assert!(reactor.turn(now) == Polled::Busy);
+            }
+            works.set(false);
+            assert!(reactor.turn(now) == Polled::Idle);
+            assert_eq!(reactor.pause(now), if rests { Pause::Sleep } else { Pause::Spin });
+            if !rests {
+                assert_eq!(reactor.pause(now + YIELD_AFTER), Pause::Yield);
+                assert_eq!(reactor.pause(now + SPIN - Duration::from_nanos(1)), Pause::Yield);
+                assert_eq!(reactor.pause(now + SPIN), Pause::Sleep);
+            }
+        }
+    }
+
+    #[test]
+    fn a_crowd_sends_to_sleep_at_once_but_not_a_reactor_that_always_polls() {
+        let mut reactor = Reactor::new("test", None, IdlePolicy::Adaptive { spin: SPIN }).unwrap();
+        let now = reactor.last_work;
+        assert_eq!(reactor.pause(now), Pause::Spin);
+        let later = now + Duration::from_millis(3);
+        reactor.crowd.spun(now, later);
+        reactor.last_work = later;
+        assert_eq!(reactor.pause(later), Pause::Sleep);
+        reactor.handle().set_policy(IdlePolicy::Poll);
+        assert_eq!(reactor.pause(later), Pause::Spin);
+        assert_eq!(reactor.pause(later + SPIN), Pause::Yield);
+    }
 }
