@@ -1,7 +1,5 @@
 //! Ways for this host and its guests to use a bdev: kernel NBD, ublk, vhost-user-blk
 
-#[cfg(test)]
-mod counting;
 mod host;
 pub mod nbd;
 mod nbd_error;
@@ -10,6 +8,10 @@ pub mod ublk;
 pub mod vhost;
 
 use engine::Subsystem;
+
+#[cfg(test)]
+#[global_allocator]
+static ALLOCATOR: test_support::Counting = test_support::Counting;
 
 /// All of them, in the order in which programs register them.
 pub fn subsystems() -> Vec<Box<dyn Subsystem>> {

@@ -4,7 +4,6 @@
 mod nbd;
 mod world;
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::{Arc, mpsc};
@@ -15,27 +14,8 @@ use iobuf::Region;
 use nbd::{Client, Server, Speaks};
 use reactor::{Handle, Polled, Poller, PollerId, Turn};
 use serde_json::json;
+use test_support::{Counting, allocations, is_none};
 use world::{Initiator, Net, Target, null};
-
-struct Counting;
-
-thread_local! {
-    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-}
-
-// SAFETY: every call is passed on to the system's allocator as it is; counting allocates nothing.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        // A thread that ends has no counter any more, and none is needed.
-        let _ = ALLOCATIONS.try_with(|a| a.set(a.get() + 1));
-        // SAFETY: the caller's promises are those that the system's allocator wants.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        // SAFETY: as above; `at` came from `alloc`, hence from the system's allocator.
-        unsafe { System.dealloc(at, layout) }
-    }
-}
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
@@ -81,10 +61,10 @@ impl Runner {
             assert_eq!(c.status, Status::Ok);
             self.completed += 1;
             match self.completed {
-                WARM_UP => self.began = Some((Instant::now(), ALLOCATIONS.get())),
+                WARM_UP => self.began = Some((Instant::now(), allocations())),
                 n if n == WARM_UP + MEASURED => {
                     let (began, before) = self.began.unwrap();
-                    self.result.send((began.elapsed(), ALLOCATIONS.get() - before)).unwrap();
+                    self.result.send((began.elapsed(), allocations() - before)).unwrap();
                 }
                 _ => {}
             }
@@ -155,7 +135,7 @@ fn requests_allocate_nothing() {
     let initiator = Initiator::new(&net);
     initiator.map(initiator.params("n", "n")).unwrap();
     let (_, allocations) = measure(&initiator.manager, &initiator.reactors[0], "n");
-    assert_eq!(allocations, 0, "in {MEASURED} requests");
+    assert!(is_none(allocations, MEASURED as usize), "{allocations} in {MEASURED} requests");
     initiator.unmap("n", true).unwrap();
     drop(target);
 }
@@ -167,7 +147,7 @@ fn requests_of_nbd_allocate_nothing() {
         let server = Server::start(speaks, 1 << 20);
         client.create(client.params(&server)).unwrap();
         let (_, allocations) = measure(&client.manager, &client.reactors[0], "N");
-        assert_eq!(allocations, 0, "in {MEASURED} requests, {speaks:?}");
+        assert!(is_none(allocations, MEASURED as usize), "{allocations} in {MEASURED} requests, {speaks:?}");
         client.delete(true).unwrap();
     }
 }
@@ -175,7 +155,7 @@ fn requests_of_nbd_allocate_nothing() {
 /// The counter counts.
 #[test]
 fn an_allocation_is_seen() {
-    let before = ALLOCATIONS.get();
+    let before = allocations();
     let kept = RefCell::new(Box::new(1));
-    assert_eq!(ALLOCATIONS.get(), before + 1, "{kept:?}");
+    assert_eq!(allocations(), before + 1, "{kept:?}");
 }

@@ -1,9 +1,7 @@
 //! A request of `rnbd-perf` allocates nothing: a run that does more of them allocates no more.
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::RefCell;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use engine::app::{self, Options};
@@ -12,30 +10,7 @@ use perf::job::{Job, Perf, Progress, RunOptions, Workload};
 use perf::result::RunResult;
 use reactor::IdlePolicy;
 use serde_json::json;
-
-struct Counting;
-
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-
-// SAFETY: everything is left to the system's allocator; counting touches no memory of it.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller's promise, passed on.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise, passed on.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-
-    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, new: usize) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller's promise, passed on.
-        unsafe { System.realloc(ptr, layout, new) }
-    }
-}
+use test_support::{Counting, all_allocations};
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
@@ -79,7 +54,7 @@ fn run(workload: Workload, time: Duration) -> (u64, RunResult) {
         Ok(())
     };
     let dir = test_support::Dir::new("rnbd-perf-allocations");
-    let before = ALLOCATIONS.load(Ordering::Relaxed);
+    let before = all_allocations();
     let (perf, start) = Perf::new(options, Box::new(report));
     let options = Options {
         program: "rnbd-perf",
@@ -96,7 +71,7 @@ fn run(workload: Workload, time: Duration) -> (u64, RunResult) {
         on_refusal: None,
     };
     app::run(options, |_| ()).unwrap_or_else(|e| panic!("{workload:?}: {e}"));
-    let allocations = ALLOCATIONS.load(Ordering::Relaxed) - before;
+    let allocations = all_allocations() - before;
     let result = result.borrow_mut().take().expect("a result");
     (allocations, result)
 }

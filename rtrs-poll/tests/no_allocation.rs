@@ -3,8 +3,6 @@
 
 mod mirror;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
 use std::time::{Duration, Instant};
@@ -17,26 +15,7 @@ use rtrs_poll::client::{
 };
 use rtrs_proto::Errno;
 use rtrs_proto::limits::Geometry;
-
-struct Counting;
-
-thread_local! {
-    static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };
-}
-
-// SAFETY: every call is passed on to the system's allocator as it is; counting allocates nothing.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        // A thread that ends has no counter any more, and none is needed.
-        let _ = ALLOCATIONS.try_with(|a| a.set(a.get() + 1));
-        // SAFETY: the caller's promises are those that the system's allocator wants.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        // SAFETY: as above; `at` came from `alloc`, hence from the system's allocator.
-        unsafe { System.dealloc(at, layout) }
-    }
-}
+use test_support::{Counting, allocations, is_none};
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
@@ -82,7 +61,7 @@ impl Upper for Runner {
     ) {
         assert_eq!(result, Ok(()));
         self.completed += 1;
-        let allocations = ALLOCATIONS.with(Cell::get);
+        let allocations = allocations();
         if self.completed == WARM_UP {
             self.began = Some((Instant::now(), allocations));
         }
@@ -144,5 +123,5 @@ fn run(paths: u8, policy: Policy) {
         policy.name(),
         time.as_nanos() as f64 / MEASURED as f64
     );
-    assert_eq!(allocations, 0, "in {MEASURED} requests");
+    assert!(is_none(allocations, MEASURED as usize), "{allocations} in {MEASURED} requests");
 }

@@ -175,9 +175,9 @@ mod tests {
             assert!(done.drain(..).all(|c| result(c.status).is_ok()));
         };
         (0..16).for_each(|i| turn(i * 128));
-        let before = crate::counting::allocations();
+        let before = test_support::allocations();
         (0..2000).for_each(|i| turn(i % 32 * 128));
-        assert_eq!(crate::counting::allocations(), before);
+        assert_eq!(test_support::allocations(), before);
     }
 
     #[test]
