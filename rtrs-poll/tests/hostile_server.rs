@@ -9,7 +9,7 @@ use common::disk::usr;
 use common::probe::{Memory, Seen};
 use common::rogue::Rogue;
 use common::{Connected, DEPTH, MAX_IO, TestClient, once, path, session_options, short_heartbeat, wait_for};
-use rtrs_poll::client::{Event, PathError, SessionId, SessionOptions};
+use rtrs_poll::client::{Event, PathError, PathState, SessionId, SessionOptions};
 use rtrs_proto::Errno;
 use rtrs_proto::handshake;
 use rtrs_proto::imm::{HB_ACK, HB_MSG, io_rsp};
@@ -664,4 +664,57 @@ fn a_liar_costs_only_its_path() {
         [(0, 0), (0, 1)]
     );
     assert!(client.seen.try_recv().is_err());
+}
+
+/// Paths of one session have one server, which has one set of limits; the session's are settled by the first.
+#[test]
+fn a_path_with_other_limits_stays_out() {
+    let geometry = |depth, max_io| Geometry::new(depth, max_io, 4096).expect("valid");
+    let fabric = Fabric::new();
+    let (mut first, mut other) = (Rogue::at(&fabric, false, 0), Rogue::at(&fabric, false, 1));
+    let client = TestClient::start(&fabric, 1);
+    let memory = Memory::new(&client.registry);
+    let id = client.create(session_options(1));
+    first.serve();
+    client.wait_up(id, memory);
+    client.with(move |cl, cx| cl.add_path(cx, id, path(1))).expect("another way");
+    let misfit = |say: &str| {
+        let why = client.await_event(|e| match e {
+            Event::PathDown { why: PathError::Misfit(why), next_attempt: Some(_), .. } => Some(why.clone()),
+            _ => None,
+        });
+        assert!(why.contains(say), "{why}");
+    };
+    for (odd, say) in [
+        (geometry(DEPTH + 1, MAX_IO), "queue depth is 25, that of the session's other paths 24"),
+        (geometry(DEPTH - 1, MAX_IO), "queue depth is 23, that of the session's other paths 24"),
+        (geometry(DEPTH, MAX_IO - 4096), "max_io_size is 57344, less than the 61440"),
+    ] {
+        other.geometry = odd;
+        let private = other.good_accept();
+        other.pump_until(&private, |r| r.gone > 0);
+        misfit(say);
+        other = Rogue::again(other);
+    }
+    // It comes by itself once the server has seen to it.
+    other.geometry = geometry(DEPTH, MAX_IO);
+    other.serve();
+    wait_for("both paths", || client.info(id).paths.iter().all(|p| p.state == PathState::Connected));
+    // Both are lost, and come back as different servers: who has answered in full first decides.
+    first.disconnect(0);
+    other.disconnect(0);
+    client.await_event(|e| matches!(e, Event::SessionDown { .. }).then_some(()));
+    (first, other) = (Rogue::again(first), Rogue::again(other));
+    (first.geometry, other.geometry) = (geometry(3, 4096), geometry(5, 8192));
+    first.wait_info_req();
+    other.wait_info_req();
+    other.send(0, SendOp::Send, &other.good_info_rsp());
+    let limits = client.await_event(|e| match e {
+        Event::SessionUp { session, generation: 2 } => Some(session.limits),
+        _ => None,
+    });
+    assert_eq!((limits.queue_depth, limits.max_io_size), (5, 8192));
+    first.send(0, SendOp::Send, &first.good_info_rsp());
+    misfit("queue depth is 3, that of the session's other paths 5");
+    assert!(client.info(id).connected);
 }

@@ -7,8 +7,8 @@ use std::time::Duration;
 use common::disk::{Store, usr};
 use common::probe::Seen;
 use common::{
-    Connected, DEPTH, MAX_IO, TestClient, TestServer, break_qp, cut, no_heartbeat, once, path, restore,
-    server_options, session_options, wait_for,
+    Connected, DEPTH, MAX_IO, TestClient, TestServer, break_qp, cut, no_heartbeat, once, server_options,
+    session_options, wait_for,
 };
 use rtrs_poll::Options;
 use rtrs_poll::client::{ControlError, Event, PathError, PathState, Reconnect, SessionEnd, SessionOptions};
@@ -219,61 +219,64 @@ fn a_server_that_has_forgotten_the_session() {
     assert_eq!(client.path_info(c.id, c.path).state, PathState::Connected);
 }
 
-/// A server that offers less than before is left alone; one that offers more is as good.
+/// A server that starts again with other options is as good: the session takes what it offers, and a load goes on.
 #[test]
-fn a_server_must_not_shrink() {
-    for (depth, max_io, say) in [
-        (DEPTH + 1, MAX_IO, Some("queue depth is 25, the session's 24")),
-        (DEPTH - 1, MAX_IO, Some("queue depth is 23, the session's 24")),
-        (DEPTH, MAX_IO - 4096, Some("max_io_size is 57344, the session's 61440")),
-        (DEPTH, MAX_IO + 4096, None),
-    ] {
-        let fabric = Fabric::new();
-        let server = TestServer::start(&fabric, geometry(DEPTH, MAX_IO));
-        let client = TestClient::start(&fabric, 1);
-        let c = client.connect(session_options(1));
-        cut(&fabric, 0);
-        drop(server);
-        assert!(break_qp(&fabric, 0));
-        client.await_event(|e| matches!(e, Event::SessionDown { .. }).then_some(()));
-        let _server = TestServer::start(&fabric, geometry(depth, max_io));
-        restore(&fabric, 0);
-        let Some(say) = say else {
-            assert_eq!(session_up(&client), 2);
-            assert_eq!(client.info(c.id).limits.map(|l| l.max_io_size), Some(MAX_IO));
-            continue;
-        };
-        let why = client.await_event(|e| match e {
-            Event::PathDown { why: PathError::Misfit(why), next_attempt: None, .. } => Some(why.clone()),
-            _ => None,
-        });
-        assert!(why.contains(say), "{why}");
-        assert_eq!(client.path_info(c.id, c.path).state, PathState::Closed);
+fn a_server_that_starts_again_with_other_limits() {
+    for rotate in [false, true] {
+        let (fabric, disk) = (Fabric::new(), Store::new());
+        let options = |depth, max_io| Options { rotate_rkeys: rotate, ..geometry(depth, max_io) };
+        let mut server = TestServer::with_store(&fabric, options(DEPTH, MAX_IO), disk.clone());
+        let client = TestClient::start(&fabric, 3);
+        let c =
+            client.connect(SessionOptions { connections: 4, reactors: vec![0, 1, 2], ..session_options(2) });
+        client.start_load(&c, 16);
+        let steps = [
+            (DEPTH + 1, MAX_IO),
+            (DEPTH - 1, MAX_IO + 4096),
+            (128, 4096),
+            // Fewer than the load has requests, then than reactors: the latter is no good, and told again and again.
+            (5, MAX_IO),
+            (2, MAX_IO),
+            (DEPTH, MAX_IO),
+        ];
+        let mut generation = 1;
+        for (depth, max_io) in steps {
+            client.verify_more(&c, 50);
+            drop(server);
+            client.await_event(|e| matches!(e, Event::SessionDown { .. }).then_some(()));
+            server = TestServer::with_store(&fabric, options(depth, max_io), disk.clone());
+            if depth == 2 {
+                for _ in 0..3 {
+                    let why = client.await_event(|e| match e {
+                        Event::PathDown { why: PathError::Misfit(why), next_attempt: Some(_), .. } => {
+                            Some(why.clone())
+                        }
+                        _ => None,
+                    });
+                    assert!(why.contains("3 reactors cannot share a queue depth of 2"), "{why}");
+                }
+                drop(server);
+                server = TestServer::with_store(&fabric, options(depth + 1, max_io), disk.clone());
+            }
+            generation += 1;
+            assert_eq!(session_up(&client), generation);
+            let limits = client.info(c.id).limits.expect("it is up");
+            assert_eq!((limits.queue_depth, limits.max_io_size), (depth.max(3), max_io));
+            wait_for("both paths", || {
+                client.info(c.id).paths.iter().all(|p| p.state == PathState::Connected)
+            });
+        }
+        client.verify_more(&c, 50);
+        client.stop_load(&c);
     }
 }
 
-/// The same for another path of a session that is up.
 #[test]
-fn a_path_that_does_not_fit_is_refused() {
+fn every_reactor_needs_a_buffer() {
     let fabric = Fabric::new();
-    let _server = TestServer::start(&fabric, geometry(DEPTH, MAX_IO));
-    let _small = TestServer::listening(&fabric, geometry(8, 4096), Store::new(), 4..6);
-    let client = TestClient::start(&fabric, 1);
-    // The small one has the session first; then a path leads to a server with other sizes.
-    let c = client.connect(SessionOptions { paths: vec![path(4), path(5)], ..once() });
-    wait_for("both", || client.info(c.id).paths.iter().all(|p| p.state == PathState::Connected));
-    for p in client.info(c.id).paths {
-        client.with(move |cl, cx| cl.remove_path(cx, c.id, p.id)).expect("there");
-    }
-    client.await_event(|e| matches!(e, Event::SessionStalled { .. }).then_some(()));
-    client.with(move |cl, cx| cl.add_path(cx, c.id, path(0))).expect("another way");
-    let (_, why, next) = client.path_down();
-    assert_eq!(next, None);
-    assert!(why.to_string().contains("queue depth is 24, the session's 8"), "{why}");
-    // One reactor more than buffers.
+    let _server = TestServer::start(&fabric, geometry(8, 4096));
     let crowd = TestClient::start(&fabric, 9);
-    let options =
-        SessionOptions { connections: 10, reactors: (0..9).collect(), paths: vec![path(4)], ..once() };
+    let options = SessionOptions { connections: 10, reactors: (0..9).collect(), ..once() };
     let (why, errno) = crowd.connect_fails(options);
     assert_eq!(errno, Errno::EINVAL);
     assert!(why.contains("9 reactors cannot share a queue depth of 8"), "{why}");

@@ -31,8 +31,8 @@ impl<U: Upper> Client<U> {
         if matches!(phase, SessionPhase::Draining | SessionPhase::Ending) {
             return;
         }
-        if session.shared.is_none() && !self.make_session(id) {
-            return;
+        if let Err(error) = self.settle(id) {
+            return self.close_path(now, id, error);
         }
         self.link_up(now, id);
         self.events.push(Event::PathUp { session: session_id, path: id });
@@ -43,11 +43,25 @@ impl<U: Upper> Client<U> {
         self.start_waiting(now, session_id);
     }
 
-    /// The first path of a session decides what it is.
-    fn make_session(&mut self, path: PathId) -> bool {
-        let Some(session) = self.session_of(path) else { return false };
-        let facts = session.path(path).and_then(|p| p.attempt.as_ref()).and_then(Attempt::facts);
-        let Some((limits, max_hdr_size)) = facts else { return false };
+    /// The first path of a session that is down decides what its requests may be: the server may have started anew with
+    /// other options. Every other path must fit.
+    fn settle(&mut self, path: PathId) -> Result<(), PathError> {
+        let Some(session) = self.session_of(path) else { return Ok(()) };
+        let Some(attempt) = session.path(path).and_then(|p| p.attempt.as_ref()) else { return Ok(()) };
+        let sizes = attempt.cons.first().and_then(|c| c.sizes);
+        let (Some(params), Some((limits, max_hdr_size))) = (attempt.params, attempt.facts()) else {
+            return Ok(());
+        };
+        if session.phase == SessionPhase::Up {
+            return session.demands().check(&params, sizes.as_ref()).map_err(PathError::Misfit);
+        }
+        let former = session.shared.as_ref().map(|s| s.limits);
+        if former == Some(limits) && session.max_hdr_size == max_hdr_size {
+            return Ok(());
+        }
+        if let Some(former) = former {
+            tracing::warn!(session = session.options.name, ?former, now = ?limits, "the server has other limits");
+        }
         let reactors = session.options.used_reactors().to_vec();
         let shared =
             Arc::new(Session { id: session.id, name: session.options.name.clone(), limits, reactors });
@@ -58,7 +72,7 @@ impl<U: Upper> Client<U> {
             let setup = SessionSetup { session: shared.clone(), index, policy, io_timeout };
             Lane::<U>::send(&self.lanes[*reactor].handle, move |_, lane| lane.add_session(setup));
         }
-        true
+        Ok(())
     }
 
     /// Requests may take the path.
@@ -287,7 +301,7 @@ impl<U: Upper> Client<U> {
         if !path.ever_up {
             path.provider = 0;
         }
-        let next_attempt = path.next(now, reconnect, attempt.was_up, &why);
+        let next_attempt = path.next(now, reconnect, attempt.was_up);
         path.last_error = Some(why.to_string());
         let removed = path.after == After::Remove;
         session.last_failure = Some(why.to_string());
@@ -330,13 +344,7 @@ impl PathEntry {
     }
 
     /// Decides on the next attempt after one that ended, and returns how far away it is.
-    fn next(
-        &mut self,
-        now: Instant,
-        reconnect: super::options::Reconnect,
-        was_up: bool,
-        why: &PathError,
-    ) -> Option<Duration> {
+    fn next(&mut self, now: Instant, reconnect: super::options::Reconnect, was_up: bool) -> Option<Duration> {
         if self.tried && !was_up {
             self.shared.reconnected(false);
         }
@@ -347,8 +355,7 @@ impl PathEntry {
                 self.retries = 0;
                 Some(Duration::ZERO)
             }
-            // A server that offers less will not offer more in a moment: as the kernel, wait for somebody to see to it.
-            After::Retry if may_retry && !matches!(why, PathError::Misfit(_)) => {
+            After::Retry if may_retry => {
                 self.retries = self.retries.saturating_add(1);
                 Some(with_jitter(reconnect.delay))
             }

@@ -252,20 +252,21 @@ impl SessionEntry {
         Some((path.id, self.phase != SessionPhase::Up && (path.ever_up || !known)))
     }
 
-    fn demands(&self) -> Demands {
-        let limits = self.shared.as_ref().map(|s| s.limits);
+    /// What its paths that are up have settled; without one, nothing is.
+    pub(super) fn demands(&self) -> Demands {
+        let limits = self.shared.as_ref().map(|s| s.limits).filter(|_| self.phase == SessionPhase::Up);
         Demands {
             reactors: self.options.used_reactors().len(),
             queue_depth: limits.map(|l| l.queue_depth),
             max_io_size: limits.map_or(0, |l| l.max_io_size),
-            max_hdr_size: self.max_hdr_size,
+            max_hdr_size: limits.map_or(0, |_| self.max_hdr_size),
             max_pieces: limits.map_or(1, |l| l.max_pieces),
         }
     }
 }
 
 /// What a server and a device must offer to serve a session.
-struct Demands {
+pub(super) struct Demands {
     reactors: usize,
     queue_depth: Option<u16>,
     max_io_size: u32,
@@ -275,11 +276,11 @@ struct Demands {
 
 impl Demands {
     /// `Err` says what is wrong.
-    fn check(&self, params: &ServerParams, sizes: Option<&ConSizes>) -> Result<(), String> {
+    pub(super) fn check(&self, params: &ServerParams, sizes: Option<&ConSizes>) -> Result<(), String> {
         let g = &params.geometry;
         if let Some(depth) = self.queue_depth.filter(|d| *d != g.queue_depth()) {
             let got = g.queue_depth();
-            return Err(format!("its queue depth is {got}, the session's {depth}: it must stay the same"));
+            return Err(format!("its queue depth is {got}, that of the session's other paths {depth}"));
         }
         if usize::from(g.queue_depth()) < self.reactors {
             let (n, depth) = (self.reactors, g.queue_depth());
@@ -290,13 +291,15 @@ impl Demands {
             ("max_hdr_size", g.max_hdr_size(), self.max_hdr_size),
         ] {
             if got < least {
-                return Err(format!("its {what} is {got}, the session's {least}: it must not shrink"));
+                return Err(format!(
+                    "its {what} is {got}, less than the {least} of the session's other paths"
+                ));
             }
         }
         let pieces = sizes.map_or(0, ConSizes::max_pieces);
         if pieces < self.max_pieces {
             return Err(format!(
-                "the device sends {} pieces at once, the session needs {}",
+                "the device sends {} pieces at once, fewer than the {} of the session's other paths",
                 pieces + 1,
                 self.max_pieces + 1
             ));

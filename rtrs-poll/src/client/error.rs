@@ -36,7 +36,7 @@ pub enum PathError {
     /// The server said something impossible.
     #[error("the server broke the protocol: {0}")]
     Protocol(String),
-    /// The server offers something else than on the session's other paths, or than before.
+    /// The server offers something else than on the session's other paths.
     #[error("the server does not fit the session: {0}")]
     Misfit(String),
     /// A call of the provider failed, or it reported an error.

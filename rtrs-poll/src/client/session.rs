@@ -4,8 +4,8 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SessionId(pub(super) u64);
 
-/// A session that has been connected at least once. Nothing of it changes any more, however often it reconnects: a
-/// server that offers less later is refused.
+/// A session that has been connected at least once. Nothing of it changes while it is up. A server that was started anew
+/// with other options makes another one of the same [`Session::id`], which comes with the next [`super::Event::SessionUp`].
 #[derive(Debug)]
 pub struct Session {
     /// Its name here.

@@ -54,6 +54,12 @@ impl LaneSession {
         }
     }
 
+    /// What it takes is another thing now. It is down, so it has no request that knows the former ids.
+    pub fn renew(&mut self, setup: SessionSetup) {
+        debug_assert!(!self.up && self.links.is_empty() && self.permits.inflight() == 0);
+        *self = Self::new(setup);
+    }
+
     pub fn add_link(&mut self, path: PathId, link: Key) {
         let at = self.links.partition_point(|(p, _)| *p < path);
         self.links.insert(at, (path, link));

@@ -12,9 +12,14 @@ use crate::client::session::SessionId;
 use crate::client::upper::Upper;
 
 impl<U: Upper> Lane<U> {
-    /// A session has been connected for the first time. Its first link comes next, then [`Lane::session_up`].
+    /// A session has been connected for the first time, or to a server with other limits. Its first link comes next, then
+    /// [`Lane::session_up`].
     pub(in crate::client) fn add_session(&mut self, setup: SessionSetup) {
-        self.io.sessions.insert_with(|_| LaneSession::new(setup));
+        let former = self.session_of(setup.session.id);
+        match former.and_then(|key| self.io.sessions.get(key)) {
+            Some(session) => session.renew(setup),
+            None => drop(self.io.sessions.insert_with(|_| LaneSession::new(setup))),
+        }
     }
 
     /// The server has made the session (anew).
