@@ -7,6 +7,7 @@ use iobuf::Segment;
 
 use super::data;
 use super::disks::{Device, Disks, Gate, is_fua};
+use super::fence::Fence;
 use super::request::{Message, Opened, Part, Unsent, Wire};
 
 /// Pause before something is tried again that no completion will announce.
@@ -88,6 +89,7 @@ impl<S: Copy + Eq> Disks<S> {
 
     /// Sends one part, out of the request's own memory if that can be.
     fn send(&mut self, place: u32, open: &Opened<S>, wire: &mut impl Wire<S>) -> Result<(), Unsent> {
+        self.fit(place, open)?;
         let Self { parts, requests, scratch, any_memory, .. } = self;
         let part = parts.get_mut(place).ok_or(Unsent::Never)?;
         let r = requests.get(part.request).ok_or(Unsent::Never)?;
@@ -115,16 +117,43 @@ impl<S: Copy + Eq> Disks<S> {
         wire.send(open, &Message { op, fua, keep, sector, len: part.len, data: &[segment] }, cookie)
     }
 
+    /// A part that was cut in an earlier opening may be longer than what the server takes in this one.
+    #[inline]
+    fn fit(&mut self, place: u32, open: &Opened<S>) -> Result<(), Unsent> {
+        let part = self.parts.get(place).ok_or(Unsent::Never)?;
+        let r = self.requests.get(part.request).ok_or(Unsent::Never)?;
+        let most = open.limits.of(r.op);
+        if part.len <= most || most == 0 { Ok(()) } else { self.divide(place, most) }
+    }
+
+    /// Shortens a part, the first that is ready, to `len` bytes. The rest becomes a part of its own, behind it.
+    #[cold]
+    fn divide(&mut self, place: u32, len: u32) -> Result<(), Unsent> {
+        let part = self.parts.get_mut(place).ok_or(Unsent::Never)?;
+        let r = self.requests.get_mut(part.request).ok_or(Unsent::Never)?;
+        let d = self.devices.get_mut(r.device).ok_or(Unsent::Never)?;
+        let (from, rest) = (part.from + u64::from(len), part.len.saturating_sub(len));
+        part.len -= rest;
+        if rest > 0 {
+            if d.fence.is_up() && r.op.modifies() {
+                // If it is a repetition, the fence stands until the last piece of it is answered.
+                d.fence.raise(Fence::NO_WAY, r.offset + from, rest.into());
+            }
+            r.parts += 1;
+            let rest = Part { request: part.request, from, len: rest, bounce: None, epoch: 0 };
+            let rest = self.parts.insert(rest);
+            d.ready.insert(1.min(d.ready.len()), rest);
+        }
+        Ok(())
+    }
+
     /// Gives a part a buffer, with its data if it is a write. A part that is longer than a buffer becomes two.
     fn bounce(&mut self, place: u32) -> Result<(), Unsent> {
-        let Self { parts, requests, pool, devices, .. } = self;
-        let pool = pool.as_ref().ok_or(Unsent::Never)?;
+        let buffer = self.pool.as_ref().ok_or(Unsent::Never)?.take().ok_or(Unsent::Busy)?;
+        self.divide(place, buffer.len() as u32)?;
+        let Self { parts, requests, .. } = self;
         let part = parts.get_mut(place).ok_or(Unsent::Never)?;
-        let r = requests.get_mut(part.request).ok_or(Unsent::Never)?;
-        let buffer = pool.take().ok_or(Unsent::Busy)?;
-        let size = buffer.len() as u32;
-        let rest = part.len.saturating_sub(size);
-        part.len -= rest;
+        let r = requests.get(part.request).ok_or(Unsent::Never)?;
         if r.op == Op::Write {
             // SAFETY: the request has not completed: this part of it has not even been sent.
             let copied = unsafe { data::fill(&buffer, &r.segments, part.from, part.len) };
@@ -133,22 +162,6 @@ impl<S: Copy + Eq> Disks<S> {
             }
         }
         part.bounce = Some(buffer);
-        if rest > 0 {
-            let next = Part {
-                request: part.request,
-                from: part.from + u64::from(size),
-                len: rest,
-                bounce: None,
-                epoch: 0,
-            };
-            r.parts += 1;
-            let device = r.device;
-            let next = parts.insert(next);
-            if let Some(d) = devices.get_mut(device) {
-                // Behind this part, which is the first.
-                d.ready.insert(1.min(d.ready.len()), next);
-            }
-        }
         Ok(())
     }
 

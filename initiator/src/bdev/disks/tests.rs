@@ -41,6 +41,7 @@ impl Wire<u32> for Server {
         if self.queue.len() == self.depth {
             return Err(Unsent::Busy);
         }
+        assert!(m.len <= to.limits.of(m.op), "more than the server takes");
         assert!(m.data.len() <= 1 || m.op == Op::Write, "a read has one target");
         let bytes: u64 = m.data.iter().map(|s| u64::from(s.len)).sum();
         assert_eq!(bytes, if m.op.has_data() { u64::from(m.len) } else { 0 });
@@ -158,8 +159,12 @@ impl Rig {
     }
 
     fn come_back(&mut self, epoch: u64, repeat_at: Option<Instant>) {
+        self.come_back_as(opened(epoch), repeat_at);
+    }
+
+    fn come_back_as(&mut self, open: Opened<u32>, repeat_at: Option<Instant>) {
         self.server.session = 1;
-        self.disks.open(5, opened(epoch), repeat_at);
+        self.disks.open(5, open, repeat_at);
     }
 
     fn done(&mut self) -> Vec<(u64, Status)> {
@@ -448,6 +453,40 @@ fn what_a_lost_session_leaves_is_repeated_in_order() {
     rig.nothing_left();
 }
 
+/// A server that comes back with smaller limits gets what was lost in smaller parts, whatever memory it is in.
+#[test]
+fn what_a_lost_session_leaves_fits_what_the_server_takes_now() {
+    let mut rig = Rig::new(None);
+    let (out, back) = (rig.memory(8192), rig.memory(4096));
+    let foreign = Region::new(8192).unwrap();
+    fill(&out, 5);
+    fill(&foreign, 9);
+    assert_eq!(rig.submit(Op::Write, 0, 8, &[part(&out, 0, 4096)], 1), Status::Ok);
+    assert_eq!(rig.submit(Op::Write, 8, 8, &[part(&foreign, 0, 4096)], 2), Status::Ok);
+    assert_eq!(rig.submit(Op::Read, 32, 8, &[part(&back, 0, 4096)], 3), Status::Ok);
+    assert_eq!(rig.submit(Op::Discard, 64, 32, &[], 4), Status::Ok);
+    rig.server.disk[16384..20480].fill(7);
+    rig.server.disk[32768..49152].fill(8);
+    rig.run();
+    // Cut, and not sent.
+    rig.server.depth = rig.server.queue.len();
+    assert_eq!(rig.submit(Op::Write, 16, 8, &[part(&out, 4096, 4096)], 5), Status::Ok);
+    rig.run();
+    rig.lose(0);
+    let small = Limits { data: 1024, discard: 512, write_zeroes: 0, secure_erase: 0 };
+    rig.server.depth = 3;
+    rig.come_back_as(Opened { limits: small, ..opened(2) }, None);
+    rig.serve();
+    let mut done = rig.done();
+    done.sort_unstable_by_key(|d| d.0);
+    assert_eq!(done, [1, 2, 3, 4, 5].map(|i| (i, Status::Ok)));
+    let want = [&bytes(&out, 4096)[..], &bytes(&foreign, 4096), &bytes(&out, 8192)[4096..]].concat();
+    assert_eq!(&rig.server.disk[..12288], want);
+    assert_eq!(bytes(&back, 4096), [7; 4096]);
+    assert_eq!(rig.server.disk[32768..49152], [0; 16384]);
+    rig.nothing_left();
+}
+
 #[test]
 fn changes_wait_until_no_older_execution_can_be_left() {
     let mut rig = Rig::new(None);
@@ -588,13 +627,25 @@ fn a_channel_takes_so_many_and_no_more() {
 /// What may happen next in the random test.
 #[derive(Clone, Debug)]
 enum Step {
-    Write { block: u64, blocks: u64, shape: usize },
-    Read { block: u64, blocks: u64, shape: usize },
-    Zero { block: u64, blocks: u64 },
+    Write {
+        block: u64,
+        blocks: u64,
+        shape: usize,
+    },
+    Read {
+        block: u64,
+        blocks: u64,
+        shape: usize,
+    },
+    Zero {
+        block: u64,
+        blocks: u64,
+    },
     Flush,
     Answer(usize),
     Lose(usize),
-    Open,
+    /// With so many data bytes in a message.
+    Open(u32),
     Reset,
 }
 
@@ -607,7 +658,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => Just(Step::Flush),
         8 => (0..8usize).prop_map(Step::Answer),
         1 => (0..8usize).prop_map(Step::Lose),
-        2 => Just(Step::Open),
+        2 => (1..10u32).prop_map(|blocks| Step::Open(blocks * 512)),
         1 => Just(Step::Reset),
     ]
 }
@@ -677,15 +728,15 @@ impl Model {
                     self.up = false;
                     self.rig.lose(n);
                 }
-                Step::Open if !self.up => self.open(),
+                Step::Open(data) if !self.up => self.open(data),
                 Step::Reset => self.reset(),
-                Step::Lose(_) | Step::Open => {}
+                Step::Lose(_) | Step::Open(_) => {}
             }
             self.rig.run();
             self.collect()?;
         }
         if !self.up {
-            self.open();
+            self.open(limits().data);
         }
         self.rig.serve();
         self.collect()?;
@@ -698,10 +749,12 @@ impl Model {
         Ok(())
     }
 
-    fn open(&mut self) {
+    fn open(&mut self, data: u32) {
         self.up = true;
         self.epoch += 1;
-        self.rig.come_back(self.epoch, None);
+        let zero = data.min(limits().write_zeroes);
+        let limits = Limits { data, write_zeroes: zero, ..limits() };
+        self.rig.come_back_as(Opened { limits, ..opened(self.epoch) }, None);
     }
 
     fn answer(&mut self, n: usize) {
