@@ -372,7 +372,7 @@ fn a_queue_pair_breaks() {
     assert!(break_qp(&fabric, 0));
     all_fail(&client, &c, count);
     let why = one_path_down(&client, &c).to_string();
-    assert!(why.contains("flushed") || why.contains("work completion"), "{why}");
+    assert!(why.contains("has ended") || why.contains("work completion"), "{why}");
 }
 
 #[test]

@@ -7,8 +7,8 @@ use std::time::Duration;
 use common::disk::{Store, usr};
 use common::probe::Seen;
 use common::{
-    Connected, DEPTH, MAX_IO, TestClient, TestServer, break_qp, cut, no_heartbeat, once, server_options,
-    session_options, wait_for,
+    Connected, DEPTH, MAX_IO, TestClient, TestServer, break_qp, cut, no_heartbeat, once, path,
+    server_options, session_options, wait_for,
 };
 use rtrs_poll::Options;
 use rtrs_poll::client::{ControlError, Event, PathError, PathState, Reconnect, SessionEnd, SessionOptions};
@@ -280,4 +280,57 @@ fn every_reactor_needs_a_buffer() {
     let (why, errno) = crowd.connect_fails(options);
     assert_eq!(errno, Errno::EINVAL);
     assert!(why.contains("9 reactors cannot share a queue depth of 8"), "{why}");
+}
+
+/// Lets a reactor of a client stand still until what is returned is dropped.
+fn stall(client: &TestClient) -> std::sync::mpsc::Sender<()> {
+    let (release, until) = std::sync::mpsc::channel::<()>();
+    let (standing, stands) = std::sync::mpsc::channel();
+    client.reactors[0].handle.send(move |_| {
+        let _ = standing.send(());
+        let _ = until.recv();
+    });
+    test_support::recv(&stands);
+    release
+}
+
+/// What a crashed client has left keeps its name only until somebody at the same address wants it.
+#[test]
+fn a_client_that_starts_again_after_a_crash_gets_its_name() {
+    let fabric = Fabric::new();
+    let options = Options { heartbeat: no_heartbeat(), ..server_options(false) };
+    let server = TestServer::start(&fabric, options);
+    let (crashed, again) = (TestClient::start(&fabric, 1), TestClient::start(&fabric, 1));
+    let crashed_options = SessionOptions { heartbeat: no_heartbeat(), ..session_options(2) };
+    let c = crashed.connect(SessionOptions { reconnect: once().reconnect, ..crashed_options });
+    wait_for("both paths", || crashed.info(c.id).paths.iter().all(|p| p.state == PathState::Connected));
+    let release = stall(&crashed);
+    let c = again.connect(SessionOptions { name_timeout: test_support::patience(), ..session_options(1) });
+    one_block(&again, &c);
+    assert_eq!(server.sessions(), 1, "both paths of the other one are gone");
+    drop(release);
+    crashed.await_event(|e| matches!(e, Event::SessionStalled { .. }).then_some(()));
+}
+
+/// A client that answers keeps its name, and so does one at another address, whether it answers or not.
+#[test]
+fn nobody_takes_the_name_of_a_client_that_is_there() {
+    let fabric = Fabric::new();
+    let options = Options { heartbeat: no_heartbeat(), ..server_options(false) };
+    let _server = TestServer::start(&fabric, options);
+    let (first, second) = (TestClient::start(&fabric, 1), TestClient::start(&fabric, 1));
+    let c = first.connect(SessionOptions { heartbeat: no_heartbeat(), ..once() });
+    let refused = |paths| {
+        let (why, errno) =
+            second.connect_fails(SessionOptions { paths, name_timeout: test_support::limit(4), ..once() });
+        assert_eq!(errno, Errno::ECONNRESET, "as the kernel's client");
+        assert!(why.contains("when it heard the session's name"), "{why}");
+    };
+    refused(vec![path(0)]);
+    let release = stall(&first);
+    refused(vec![path(1)]);
+    drop(release);
+    one_block(&first, &c);
+    let info = first.info(c.id);
+    assert!(info.connected && info.generation == 1);
 }

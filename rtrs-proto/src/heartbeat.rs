@@ -42,6 +42,8 @@ pub struct Heartbeat {
     /// When the unanswered heartbeat went out.
     sent_ns: Option<u64>,
     latency_ns: Option<u64>,
+    /// Of a peer that was [probed](Heartbeat::probe): when it must have shown a sign of life, and how long it has for it.
+    probe: Option<(u64, u64)>,
     dead: bool,
 }
 
@@ -49,7 +51,28 @@ impl Heartbeat {
     /// `now_ns`: any monotonic clock, the same in all calls.
     pub const fn new(config: Config, now_ns: u64) -> Heartbeat {
         let next_tick_ns = now_ns.saturating_add(config.interval_ns);
-        Heartbeat { config, missed: 0, next_tick_ns, sent_ns: None, latency_ns: None, dead: false }
+        Heartbeat {
+            config,
+            missed: 0,
+            next_tick_ns,
+            sent_ns: None,
+            latency_ns: None,
+            probe: None,
+            dead: false,
+        }
+    }
+
+    /// Somebody doubts that the peer is there: asks it now, and gives it `patience_ns` for a sign of life, however
+    /// patient the configuration is.
+    pub const fn probe(&mut self, now_ns: u64, patience_ns: u64) {
+        if self.probe.is_some() {
+            return;
+        }
+        self.probe = Some((now_ns.saturating_add(patience_ns), patience_ns));
+        // Otherwise it has been asked already.
+        if self.missed == 0 {
+            self.next_tick_ns = now_ns;
+        }
     }
 
     /// Any message of the peer arrived, on any con of the path. Costs one store; call it for every request.
@@ -71,6 +94,15 @@ impl Heartbeat {
         if self.dead {
             return Hb::Dead;
         }
+        // A tick that is due comes first: a stalled caller may not have asked yet.
+        if let Some((until, _)) = self.probe
+            && now_ns >= until
+            && self.next_tick_ns > now_ns
+        {
+            self.probe = None;
+            self.dead = self.missed > 0;
+            return if self.dead { Hb::Dead } else { Hb::Nothing };
+        }
         if now_ns < self.next_tick_ns {
             return Hb::Nothing;
         }
@@ -84,12 +116,19 @@ impl Heartbeat {
             return Hb::Nothing;
         }
         self.sent_ns = Some(now_ns);
+        if let Some((until, patience_ns)) = &mut self.probe {
+            *until = now_ns.saturating_add(*patience_ns);
+        }
         Hb::SendMsg
     }
 
     /// When to call [`Heartbeat::poll`] next; `None` once dead.
     pub const fn deadline(&self) -> Option<u64> {
-        if self.dead { None } else { Some(self.next_tick_ns) }
+        match self.probe {
+            _ if self.dead => None,
+            Some((probe, _)) if probe < self.next_tick_ns => Some(probe),
+            _ => Some(self.next_tick_ns),
+        }
     }
 
     /// Time from the last answered heartbeat to its answer, in nanoseconds, at least 1; `None` before the first.
@@ -114,6 +153,35 @@ mod tests {
             }
         }
         seen
+    }
+
+    #[test]
+    fn a_peer_that_is_probed_has_that_much_time() {
+        let new = || Heartbeat::new(Config::default(), 0);
+        // Silent: asked at once, dead after its time.
+        let mut hb = new();
+        hb.probe(SEC, 3 * SEC);
+        // A second one changes nothing.
+        hb.probe(2 * SEC, 3 * SEC);
+        assert_eq!(run(&mut hb, 100), [(1, Hb::SendMsg), (4, Hb::Dead)]);
+        // An answer: as if nothing had been.
+        let mut hb = new();
+        hb.probe(SEC, 3 * SEC);
+        assert_eq!(hb.poll(SEC), Hb::SendMsg);
+        hb.on_ack(SEC + 1);
+        assert_eq!(run(&mut hb, 5), []);
+        assert_eq!(run(&mut hb, 6), [(6, Hb::SendMsg)]);
+        // A heartbeat was out already: no second one.
+        let mut hb = new();
+        assert_eq!(run(&mut hb, 5), [(5, Hb::SendMsg)]);
+        hb.probe(6 * SEC, 3 * SEC);
+        assert_eq!(run(&mut hb, 100), [(9, Hb::Dead)]);
+        // The caller stood still, and has only asked now.
+        let mut hb = new();
+        hb.probe(SEC, 3 * SEC);
+        assert_eq!(hb.poll(60 * SEC), Hb::SendMsg);
+        assert_eq!(hb.poll(60 * SEC + 1), Hb::Nothing);
+        assert_eq!(run(&mut hb, 100), [(63, Hb::Dead)]);
     }
 
     #[test]

@@ -22,6 +22,8 @@ const RETIRE_TIME: Duration = Duration::from_secs(2);
 const RETIRE_LOOK: Duration = Duration::from_millis(5);
 /// Pause before a server that has not closed the former connections of a path is asked again.
 const INSIST_DELAY: Duration = Duration::from_millis(50);
+/// The same for one that has another session of that name.
+const NAME_DELAY: Duration = Duration::from_millis(500);
 
 impl<U: Upper> Client<U> {
     /// A path is connected: it joins its session, or waits until that is down.
@@ -144,6 +146,12 @@ impl<U: Upper> Client<U> {
         }
         self.drain_if_last(now, session_id);
         self.finish_path(now, id);
+    }
+
+    /// A connection of a path has ended, without a word of why.
+    pub(super) fn path_ended(&mut self, now: Instant, id: PathId, why: String) {
+        let refused = self.path(id).is_some_and(|p| p.phase == PathPhase::Info);
+        self.close_path(now, id, if refused { PathError::NameRefused } else { PathError::Lost(why) });
     }
 
     /// Disconnects a path that is up, on request: it gets no new requests, and once the server has answered those it
@@ -290,8 +298,8 @@ impl<U: Upper> Client<U> {
             path.phase = PathPhase::Waiting;
             return self.start_waiting(now, session_id);
         }
-        if path.after == After::Retry && path.insists(now, &why) {
-            path.phase = PathPhase::Resting(now + INSIST_DELAY);
+        if let Some(again) = path.insists(now, &why).filter(|_| path.after == After::Retry) {
+            path.phase = PathPhase::Resting(again);
             return self.start_waiting(now, session_id);
         }
         if !path.provider_errors.is_empty() {
@@ -337,10 +345,14 @@ impl<U: Upper> Client<U> {
 }
 
 impl PathEntry {
-    /// The server only needs a moment more, and somebody waits for this path.
-    fn insists(&self, now: Instant, why: &PathError) -> bool {
-        let not_yet = matches!(why, PathError::Refused { errno: Errno::ECONNRESET, .. });
-        not_yet && self.insist_until.is_some_and(|until| now + INSIST_DELAY < until)
+    /// The server only needs a moment more, and somebody waits for this path: when it is asked again.
+    fn insists(&self, now: Instant, why: &PathError) -> Option<Instant> {
+        let (delay, until) = match why {
+            PathError::Refused { errno: Errno::ECONNRESET, .. } => (INSIST_DELAY, self.insist_until?),
+            PathError::NameRefused => (NAME_DELAY, self.name_until?),
+            _ => return None,
+        };
+        Some(now + delay).filter(|again| *again < until)
     }
 
     /// Decides on the next attempt after one that ended, and returns how far away it is.

@@ -116,6 +116,9 @@ impl<U: Upper> Reports for ToControl<U> {
     fn link_broken(&self, path: PathId, why: String) {
         self.send(move |c, cx| c.close_path(cx.now, path, PathError::Lost(why)));
     }
+    fn link_ended(&self, path: PathId, cid: u16) {
+        self.send(move |c, cx| c.path_ended(cx.now, path, format!("con {cid}: the connection has ended")));
+    }
     fn info_rsp(&self, path: PathId, message: Vec<u8>) {
         self.send(move |c, cx| c.info_rsp(cx.now, path, &message));
     }
@@ -277,7 +280,7 @@ impl<U: Upper> Client<U> {
             CmEvent::Disconnected(_) => {
                 let why = format!("con {}: disconnected by the server", conn.cid);
                 self.confirmed(conn);
-                self.close_path(now, conn.path, PathError::Lost(why));
+                self.path_ended(now, conn.path, why);
             }
             CmEvent::Failed { reason, .. } => {
                 self.confirmed(conn);

@@ -123,6 +123,8 @@ pub(super) struct PathEntry {
     /// Somebody asked for it to be connected: until then a server that has not finished with its former connections is
     /// asked again.
     pub insist_until: Option<Instant>,
+    /// Of a new session: until then a server that has another one of its name is asked again.
+    pub name_until: Option<Instant>,
     /// What is there of its connections.
     pub attempt: Option<Attempt>,
 }
@@ -247,6 +249,7 @@ impl PathEntry {
             retire: None,
             silence: None,
             insist_until: None,
+            name_until: None,
             rotating_keys: false,
             last_error: None,
             attempt: None,

@@ -42,6 +42,12 @@ pub enum PathError {
     /// A call of the provider failed, or it reported an error.
     #[error("{0}")]
     Verbs(String),
+    /// The server ended the path when it heard the session's name. It gives no reason; the only one there should be is that
+    /// another session has the name (`rtrs-srv.c`, process_info_req).
+    #[error(
+        "the server ended the connection when it heard the session's name: another client has it, or one that crashed still does"
+    )]
+    NameRefused,
     /// A connected path was lost.
     #[error("path lost: {0}")]
     Lost(String),

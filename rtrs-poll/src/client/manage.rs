@@ -43,7 +43,9 @@ impl<U: Upper> Client<U> {
         let mut entry = SessionEntry::new(id, options, cx.now);
         let reactors = entry.options.used_reactors().len();
         for spec in paths {
-            entry.paths.push(PathEntry::new(self.new_path_id(), spec, reactors));
+            let mut path = PathEntry::new(self.new_path_id(), spec, reactors);
+            path.name_until = cx.now.checked_add(entry.options.name_timeout);
+            entry.paths.push(path);
         }
         self.sessions.insert(id, entry);
         self.start_waiting(cx.now, id);

@@ -30,6 +30,9 @@ pub struct SessionOptions {
     pub loss_timeout: Option<Duration>,
     /// For each connection, and for the answer to INFO_REQ (kernel: 30 s).
     pub connect_timeout: Duration,
+    /// How long a new session asks a server again that has another session of its name. Our server finds out within 3 s
+    /// that the other one is what a crash of the client has left.
+    pub name_timeout: Duration,
     /// A path that leaves a request unanswered for so long is reset, and the request fails over. `None`, as in the
     /// kernel: wait as long as the server answers heartbeats.
     pub io_timeout: Option<Duration>,
@@ -52,6 +55,7 @@ impl SessionOptions {
             reconnect: Reconnect::default(),
             loss_timeout: None,
             connect_timeout: Duration::from_secs(30),
+            name_timeout: Duration::from_secs(6),
             io_timeout: None,
             ack_timeout: None,
             heartbeat: heartbeat::Config::default(),

@@ -33,6 +33,10 @@ use tag::Tag;
 /// Completions taken from one queue per turn.
 const POLL_BATCH: usize = 64;
 
+/// How long a client may take to show that it is there, once somebody else at its address wants the name of its session.
+/// A kernel client opens and closes devices on the thread that answers heartbeats.
+const PROBE_PATIENCE: Duration = Duration::from_secs(3);
+
 /// What a lane tells the control thread.
 pub(crate) trait Reports: Send + Sync {
     /// A connection broke or its peer misbehaved: close the path.
@@ -217,7 +221,7 @@ impl<U: Upper> Lane<U> {
                 self.received(cx, key, wc);
             }
             (WcStatus::Success, Tag::InfoRecv) => self.info_received(key, wc),
-            (WcStatus::Flushed, _) => self.io.broken(key, "queue pair was flushed"),
+            (WcStatus::Flushed, _) => self.io.broken(key, "the connection has ended"),
             (WcStatus::Error(code), _) => self.io.broken(key, &format!("work completion error {code}")),
         }
     }
@@ -352,6 +356,12 @@ impl<U: Upper> Lane<U> {
         self.io.next_beat = None;
         self.io.find_next_beat();
         self.io.post();
+    }
+
+    /// Control: somebody doubts that the client of `key`, con 0 of a path, is still there. [`Reports::path_broken`] follows if
+    /// it is not.
+    pub(crate) fn probe(&mut self, key: ConKey, now: Instant) {
+        self.io.probe(key, now, PROBE_PATIENCE);
     }
 
     /// Control: gives every chunk its first key, on con 0.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use reactor::Turn;
-use rtrs_proto::admission::{Admitted, Refusal};
+use rtrs_proto::admission::{Admitted, CloseReason, Refusal};
 use rtrs_proto::errno::Errno;
 use rtrs_proto::handshake::{self, ConnectRequest};
 use verbs::{CmId, ConnParams, CqHandle, Device, Qp, QpCaps};
@@ -277,7 +277,12 @@ impl<U: Upper> Server<U> {
         }
         let up = match self.table.info_req(entry.id, message) {
             Ok(up) => up,
-            Err(why) => return self.close_path(cx, tag, &why.to_string()),
+            Err(why) => {
+                if let CloseReason::NameTaken(name) = &why {
+                    self.probe_holder(cx, entry.path.peer.ip(), name);
+                }
+                return self.close_path(cx, tag, &why.to_string());
+            }
         };
         let path = entry.path.clone();
         path.session.set_name(&up.name);
@@ -291,6 +296,20 @@ impl<U: Upper> Server<U> {
         );
         path.set_up();
         self.answer_info(tag, path);
+    }
+
+    /// A client at `peer` wants the name of a session that has a path to that very address. The session may be what a crash
+    /// of that client has left, which heartbeats would find out only after half a minute.
+    fn probe_holder(&self, cx: &Turn<'_>, peer: IpAddr, name: &str) {
+        let holders = || self.paths.values().filter(|e| e.path.is_up() && e.path.session.name() == name);
+        if !holders().any(|e| e.path.peer.ip().to_canonical() == peer.to_canonical()) {
+            return;
+        }
+        for con in holders().filter_map(|e| e.cons.first()?.as_ref()) {
+            let Some(key) = con.key else { continue };
+            let now = cx.now;
+            Lane::<U>::send(&self.lanes[con.lane].handle, move |_, lane| lane.probe(key, now));
+        }
     }
 
     fn answer_info(&self, tag: u32, path: Arc<Path>) {

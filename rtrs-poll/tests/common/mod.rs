@@ -229,6 +229,7 @@ pub struct Connected {
 pub fn session_options(paths: u8) -> SessionOptions {
     let mut o = SessionOptions::new("test", (0..paths).map(path).collect());
     o.connect_timeout = patience();
+    o.name_timeout = Duration::ZERO;
     o.reconnect = Reconnect { delay: Duration::from_millis(20), max_attempts: None };
     o
 }

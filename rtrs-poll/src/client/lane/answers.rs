@@ -24,7 +24,7 @@ impl<U: Upper> Lane<U> {
             (WcStatus::Success, Tag::Send(retires)) => con.retire(retires),
             (WcStatus::Success, Tag::Recv(n)) => self.received(cx, key, n, wc),
             (WcStatus::Success, Tag::InfoRecv) => self.info_received(key, wc),
-            (WcStatus::Flushed, _) => self.io.broken(key, "queue pair was flushed"),
+            (WcStatus::Flushed, _) => self.io.ended(key),
             (WcStatus::Error(wc_status::RETRY_EXC_ERR), _) => {
                 self.io.broken(key, "the server has acknowledged nothing for too long (RETRY_EXC_ERR)");
             }

@@ -154,6 +154,15 @@ impl Io {
         self.link_broken(link, why);
     }
 
+    /// The queue pair of `con` was flushed: the connection manager knows, or will hear, why.
+    pub(super) fn ended(&mut self, con: Key) {
+        let Some(con) = self.cons.get(con) else { return };
+        let Some(link) = self.links.get(con.link) else { return };
+        if !std::mem::replace(&mut link.broken, true) {
+            self.reports.link_ended(link.path.id, con.cid);
+        }
+    }
+
     pub(super) fn link_broken(&mut self, link: Key, why: String) {
         let Some(link) = self.links.get(link) else { return };
         if !std::mem::replace(&mut link.broken, true) {

@@ -46,6 +46,8 @@ const POLL_BATCH: usize = 64;
 pub(super) trait Reports: Send + Sync {
     /// A connection broke or its server misbehaved: close the path.
     fn link_broken(&self, path: PathId, why: String);
+    /// Connection `cid` has ended: close the path.
+    fn link_ended(&self, path: PathId, cid: u16);
     /// INFO_RSP came in on con 0.
     fn info_rsp(&self, path: PathId, message: Vec<u8>);
     /// A link's queue pairs are gone, and its requests wait for another path or have gone there.
