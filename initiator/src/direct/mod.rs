@@ -8,6 +8,7 @@ mod export;
 mod nbd;
 mod spec;
 mod watch;
+mod words;
 
 use std::cell::RefCell;
 use std::io::Write;

@@ -5,7 +5,7 @@ use std::time::Instant;
 use nbd_proto::client::Uri;
 use serde_json::{Map, Value, json};
 
-use super::watch::size;
+use super::words::{Opened, waits};
 
 /// What to map.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -122,12 +122,18 @@ pub struct NbdWatch {
     /// What was said of the connections last, and since when there has been none.
     told: Option<String>,
     cut_since: Option<Instant>,
-    shown: Option<String>,
+    opened: Opened,
 }
 
 impl NbdWatch {
     pub fn new(spec: &NbdSpec) -> Self {
-        Self { device: spec.device(), name: spec.bdev_name(), told: None, cut_since: None, shown: None }
+        Self {
+            device: spec.device(),
+            name: spec.bdev_name(),
+            told: None,
+            cut_since: None,
+            opened: Opened::default(),
+        }
     }
 
     /// Parameters of `bdev_nbd_get_devices`.
@@ -157,7 +163,7 @@ impl NbdWatch {
             }
             (None, None) if self.told.is_some() => {
                 self.cut_since = Some(now);
-                Some(format!("no connection is left ({why}): I/O waits until there is one"))
+                Some(format!("no connection is left ({why}): {}", waits(d, "there is one")))
             }
             (None, Some(_)) if d["given_up"] == true => Some(format!("given up: {why}")),
             _ => None,
@@ -166,15 +172,9 @@ impl NbdWatch {
             lines.push(told.clone());
             self.told = Some(told);
         }
-        if let Some(blocks) = d["num_blocks"].as_u64().filter(|_| !up.is_empty()) {
-            let block_size = d["block_size"].as_u64().unwrap_or(512);
-            let mode = if d["read_only"] == true { "ro" } else { "rw" };
-            let bytes = size(blocks.saturating_mul(block_size));
-            let shown = format!("{}: opened ({mode}), {bytes}, blocks of {block_size} bytes", self.device);
-            if self.shown.as_ref() != Some(&shown) {
-                lines.push(shown.clone());
-                self.shown = Some(shown);
-            }
+        if d["num_blocks"].is_u64() && !up.is_empty() {
+            let opened = self.opened.see(d, if d["read_only"] == true { "ro" } else { "rw" });
+            lines.extend(opened.map(|what| format!("{}: {what}", self.device)));
         }
         lines
     }
@@ -224,14 +224,14 @@ mod tests {
         let device = |addresses: &[&str], why: Option<&str>| {
             let connections: Vec<Value> = addresses.iter().map(|a| json!({"address": a})).collect();
             json!([{"connections": connections, "dialect": "structured", "last_error": why, "num_blocks": 2048,
-                "block_size": 512, "read_only": false}])
+                "block_size": 512, "read_only": false, "fast_io_fail_timeout_sec": 9}])
         };
         assert!(w.see(&Value::Null, t).is_empty() && w.see(&device(&[], None), t).is_empty());
         let up = device(&["10.0.0.1:10809"], None);
         let opened = "export d: opened (rw), 1 MiB, blocks of 512 bytes";
         assert_eq!(w.see(&up, t), ["1 connection to 10.0.0.1:10809, structured replies", opened]);
         assert!(w.see(&up, t).is_empty());
-        let lost = "no connection is left (gone): I/O waits until there is one";
+        let lost = "no connection is left (gone): I/O waits until there is one, or for at most 9 s";
         assert_eq!(w.see(&device(&[], Some("gone")), t), [lost]);
         assert!(w.see(&device(&[], Some("refused")), t).is_empty());
         let lines = w.see(&up, t + Duration::from_secs(3));

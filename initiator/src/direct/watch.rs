@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::spec::RnbdSpec;
+use super::words::{Opened, waits};
 
 /// What the user has been told.
 #[derive(Debug)]
@@ -17,9 +18,10 @@ pub struct Watch {
     paths: BTreeMap<String, Told>,
     /// Since when there has been no path, after there was one.
     cut_since: Option<Instant>,
-    /// The device as it was last shown.
-    shown: Option<String>,
-    /// A state of the device that is shown if the next look finds it too: after a reconnect it is open again soon.
+    opened: Opened,
+    /// What was said of a device that is not open.
+    closed: Option<String>,
+    /// What will be said, if the next look finds it too.
     perhaps: Option<String>,
 }
 
@@ -42,7 +44,8 @@ impl Watch {
             device_path: spec.device_path.clone(),
             paths: BTreeMap::new(),
             cut_since: None,
-            shown: None,
+            opened: Opened::default(),
+            closed: None,
             perhaps: None,
         }
     }
@@ -62,9 +65,9 @@ impl Watch {
             self.see_path(path, now, &mut lines);
         }
         let connected = paths().filter(|p| is_connected(p)).count();
-        self.see_cut(connected, now, &mut lines);
-        if let Some(device) = devices.as_array().and_then(|d| d.first()).filter(|_| self.cut_since.is_none())
-        {
+        let device = devices.as_array().and_then(|d| d.first());
+        self.see_cut(connected, device, now, &mut lines);
+        if let Some(device) = device.filter(|d| self.cut_since.is_none() || d["given_up"] == true) {
             self.see_device(device, &mut lines);
         }
         lines
@@ -98,11 +101,12 @@ impl Watch {
     }
 
     /// Whether I/O waits.
-    fn see_cut(&mut self, connected: usize, now: Instant, lines: &mut Vec<String>) {
+    fn see_cut(&mut self, connected: usize, device: Option<&Value>, now: Instant, lines: &mut Vec<String>) {
         match (connected, self.cut_since) {
             (0, None) if self.paths.values().any(|p| p.known) => {
                 self.cut_since = Some(now);
-                lines.push("no path is left: I/O waits until one is back".into());
+                let waits = waits(device.unwrap_or(&Value::Null), "one is back");
+                lines.push(format!("no path is left: {waits}"));
             }
             (1.., Some(since)) => {
                 self.cut_since = None;
@@ -115,26 +119,35 @@ impl Watch {
 
     fn see_device(&mut self, device: &Value, lines: &mut Vec<String>) {
         let state = device["state"].as_str().unwrap_or_default();
-        let shown = match state {
+        let what = match state {
             "open" => {
-                let block_size = device["block_size"].as_u64().unwrap_or(512);
-                let bytes = device["num_blocks"].as_u64().unwrap_or(0).saturating_mul(block_size);
-                let mode = device["access_mode"].as_str().unwrap_or("rw");
-                format!("opened ({mode}), {}, blocks of {block_size} bytes", size(bytes))
+                self.closed = None;
+                self.opened.see(device, device["access_mode"].as_str().unwrap_or("rw"))
             }
-            "init" => return,
-            other => match device["last_error"].as_str() {
-                Some(why) => format!("{other}: {why}"),
-                None => other.to_owned(),
-            },
+            "init" => None,
+            other => self.see_closed(device, other),
         };
-        if state != "open" && self.perhaps.replace(shown.clone()).as_ref() != Some(&shown) {
-            return;
+        lines.extend(what.map(|what| format!("device {}: {what}", self.device_path)));
+    }
+
+    fn see_closed(&mut self, device: &Value, state: &str) -> Option<String> {
+        let why = device["last_error"].as_str().map_or_else(String::new, |why| format!(": {why}"));
+        let line = match state {
+            _ if device["given_up"] == true => {
+                let name = &self.device;
+                format!("given up{why}; its I/O fails until bdev_rnbd_remap of {name} is called")
+            }
+            "closed" => format!("{state}{why}; {}", waits(device, "the server offers it again")),
+            _ => format!("{state}{why}"),
+        };
+        // After a reconnect it is open again soon: said if the next look finds it too.
+        let again = self.perhaps.replace(line.clone()).as_ref() == Some(&line);
+        if !again || self.closed.as_ref() == Some(&line) {
+            return None;
         }
-        if self.shown.as_ref() != Some(&shown) {
-            lines.push(format!("device {}: {shown}", self.device_path));
-            self.shown = Some(shown);
-        }
+        self.opened.closed();
+        self.closed = Some(line.clone());
+        Some(line)
     }
 }
 
@@ -144,17 +157,6 @@ fn is_connected(path: &Value) -> bool {
 
 fn reason(why: &str) -> &str {
     if why.is_empty() { "the server is gone" } else { why.trim_start_matches("path lost: ") }
-}
-
-/// As people say it.
-pub(super) fn size(bytes: u64) -> String {
-    const UNITS: [(&str, u64); 4] = [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
-    match UNITS.iter().find(|(_, unit)| bytes >= *unit) {
-        Some((name, unit)) if bytes.is_multiple_of(*unit) => format!("{} {name}", bytes / unit),
-        // For people, and a device of more than 2^53 bytes would not show the difference.
-        Some((name, unit)) => format!("{:.1} {name}", bytes as f64 / *unit as f64),
-        None => format!("{bytes} bytes"),
-    }
 }
 
 #[cfg(test)]
@@ -185,7 +187,7 @@ mod tests {
             w.see(&down, &json!([]), after(3)),
             [
                 "path a: lost: disconnected by the server; reconnecting",
-                "no path is left: I/O waits until one is back"
+                "no path is left: I/O waits until one is back, however long; fast_io_fail_timeout_sec=SECONDS sets a limit"
             ]
         );
         assert!(w.see(&down, &json!([]), after(4)).is_empty());
@@ -216,12 +218,26 @@ mod tests {
         let line = "device d: opened (ro), 256 MiB, blocks of 512 bytes";
         assert_eq!(w.see(&Value::Null, &device("open", 524_288), t), [line]);
         assert!(w.see(&Value::Null, &device("open", 524_288), t).is_empty());
-        assert_eq!(w.see(&Value::Null, &device("open", 524_289), t).len(), 1);
-        assert!(w.see(&Value::Null, &device("closed", 0), t).is_empty());
-        assert_eq!(w.see(&Value::Null, &device("closed", 0), t), ["device d: closed"]);
-        assert!(w.see(&Value::Null, &device("closed", 0), t).is_empty());
-        assert_eq!(size(1 << 41), "2 TiB");
-        assert_eq!(size(1_610_612_736), "1.5 GiB");
-        assert_eq!(size(100), "100 bytes");
+        let grown = "device d: resized from 256 MiB to 512 MiB";
+        assert_eq!(w.see(&Value::Null, &device("open", 1_048_576), t), [grown]);
+    }
+
+    #[test]
+    fn a_device_that_is_closed_waits_and_may_be_given_up() {
+        let (mut w, t) = (watch(), Instant::now());
+        let device = |state: &str, given_up: bool, fast: u64| json!([{"name": "d@s", "state": state, "num_blocks": 8, "block_size": 512, "last_error": "gone", "given_up": given_up, "fast_io_fail_timeout_sec": fast}]);
+        assert_eq!(w.see(&Value::Null, &device("open", false, 0), t).len(), 1);
+        assert!(w.see(&Value::Null, &device("closed", false, 0), t).is_empty(), "it may be open again soon");
+        let line = "device d: closed: gone; I/O waits until the server offers it again, however long; \
+                    fast_io_fail_timeout_sec=SECONDS sets a limit";
+        assert_eq!(w.see(&Value::Null, &device("closed", false, 0), t), [line]);
+        assert!(w.see(&Value::Null, &device("closed", false, 0), t).is_empty());
+        assert!(w.see(&Value::Null, &device("closed", true, 0), t).is_empty());
+        let line = "device d: given up: gone; its I/O fails until bdev_rnbd_remap of d@s is called";
+        assert_eq!(w.see(&Value::Null, &device("closed", true, 0), t), [line]);
+        assert_eq!(w.see(&Value::Null, &device("open", false, 0), t).len(), 1, "it is said that it is back");
+        w.see(&Value::Null, &device("closed", false, 9), t);
+        let line = "device d: closed: gone; I/O waits until the server offers it again, or for at most 9 s";
+        assert_eq!(w.see(&Value::Null, &device("closed", false, 9), t), [line]);
     }
 }

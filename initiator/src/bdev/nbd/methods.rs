@@ -119,6 +119,7 @@ fn row(d: &DriveInfo) -> Value {
         "server": d.params.server.to_string(),
         "export": d.params.export,
         "given_up": d.given_up,
+        "fast_io_fail_timeout_sec": d.params.timeouts.fast_io_fail.map_or(0, |t| t.as_secs()),
         "last_error": d.last_error,
         "handshake": a.map(|a| a.style),
         "dialect": a.map(|a| a.framing.name()),
