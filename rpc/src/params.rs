@@ -122,11 +122,11 @@ impl de::Error for ParamError {
     }
 
     fn invalid_type(unexpected: Unexpected<'_>, expected: &dyn Expected) -> Self {
-        Self::wrong(format_args!("expected {expected}, got {}", Got(unexpected)))
+        Self::wrong(format_args!("expected {}, got {}", Wanted(expected), Got(unexpected)))
     }
 
     fn invalid_value(unexpected: Unexpected<'_>, expected: &dyn Expected) -> Self {
-        Self::wrong(format_args!("expected {expected}, got {}", Got(unexpected)))
+        Self::wrong(format_args!("expected {}, got {}", Wanted(expected), Got(unexpected)))
     }
 
     fn unknown_variant(variant: &str, expected: &'static [&'static str]) -> Self {
@@ -146,6 +146,26 @@ impl de::Error for ParamError {
             path: vec![field.to_owned()],
             problem: Problem::Wrong("given twice (under another name?)".into()),
         }
+    }
+}
+
+/// What was expected, with the range of a number in place of the name of its type.
+struct Wanted<'a>(&'a dyn Expected);
+
+impl fmt::Display for Wanted<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = self.0.to_string();
+        let range = match name.as_str() {
+            "u8" => (0, i64::from(u8::MAX)),
+            "u16" => (0, i64::from(u16::MAX)),
+            "u32" => (0, i64::from(u32::MAX)),
+            "i32" => (i64::from(i32::MIN), i64::from(i32::MAX)),
+            "u64" | "usize" => return f.write_str("a whole number from 0 on"),
+            "i64" => return f.write_str("a whole number"),
+            "f32" | "f64" => return f.write_str("a number"),
+            _ => return f.write_str(&name),
+        };
+        write!(f, "a whole number from {} to {}", range.0, range.1)
     }
 }
 
@@ -470,10 +490,10 @@ mod tests {
     #[test]
     fn wrong_values_are_named_with_what_was_expected() {
         for (key, value, text) in [
-            ("num_blocks", json!("8"), "parameter 'num_blocks': expected u64, got \"8\""),
-            ("num_blocks", json!(-1), "parameter 'num_blocks': expected u64, got -1"),
-            ("num_blocks", json!(1.5), "parameter 'num_blocks': expected u64, got 1.5"),
-            ("numa_id", json!(1u64 << 40), "parameter 'numa_id': expected i32, got 1099511627776"),
+            ("num_blocks", json!("8"), "parameter 'num_blocks': expected a whole number from 0 on, got \"8\""),
+            ("num_blocks", json!(-1), "parameter 'num_blocks': expected a whole number from 0 on, got -1"),
+            ("num_blocks", json!(1.5), "parameter 'num_blocks': expected a whole number from 0 on, got 1.5"),
+            ("numa_id", json!(1u64 << 40), "parameter 'numa_id': expected a whole number from -2147483648 to 2147483647, got 1099511627776"),
             ("name", json!(null), "parameter 'name': expected a string, got null"),
             ("mode", json!("x"), "parameter 'mode': expected one of ro, rw, got \"x\""),
             ("mode", json!(1), "parameter 'mode': expected a string, got 1"),

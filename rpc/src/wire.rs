@@ -257,8 +257,12 @@ impl<'de> Visitor<'de> for StrictVisitor {
         Ok(v.into())
     }
 
+    /// A whole number is one however it is written: 512.0 and 1e3 count as 512 and 1000, as SPDK takes them. Beyond 2^53 a
+    /// `f64` does not tell whole numbers apart.
     fn visit_f64<E>(self, v: f64) -> Result<Value, E> {
-        Ok(v.into())
+        const EXACT: f64 = 9_007_199_254_740_992.0;
+        let whole = v.fract() == 0.0 && v.abs() <= EXACT;
+        Ok(if whole { (v as i64).into() } else { v.into() })
     }
 
     fn visit_str<E>(self, v: &str) -> Result<Value, E> {
@@ -335,6 +339,14 @@ mod tests {
         let message = one(r#"{"jsonrpc":"2.0","method":"m","params":{"a":1},"id":"x"}"#).unwrap();
         let request = Request { method: "m".into(), params: Some(json!({"a": 1})), id: json!("x") };
         assert_eq!(message, Message::Single(Ok(request)));
+    }
+
+    #[test]
+    fn whole_numbers_count_as_such_however_they_are_written() {
+        let text = r#"{"method":"m","params":[512.0,1e3,-2.0,-0.0,1.5,1e300,18446744073709551615],"id":7.0}"#;
+        let Ok(Message::Single(Ok(request))) = one(text) else { panic!("a good request") };
+        assert_eq!(request.params, Some(json!([512, 1000, -2, 0, 1.5, 1e300, u64::MAX])));
+        assert_eq!(request.id, json!(7));
     }
 
     #[test]
