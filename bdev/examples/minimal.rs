@@ -75,6 +75,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         read_only: true,
         volatile: false,
         discard_granularity: 0,
+        rotational: false,
         max_unmap_blocks: u64::MAX,
         buffer_align: 1,
     })))?;

@@ -74,6 +74,8 @@ pub struct Info {
     /// the former process (kernel devices, guests) must not be put on it. Layers have it of their base. False where
     /// nothing is kept anyway (null) and where the contents are somebody else's, who may live longer.
     pub volatile: bool,
+    /// Its blocks are on disks that spin: seeks take time.
+    pub rotational: bool,
     /// Smallest unit that discard frees, bytes; 0 = no discard.
     pub discard_granularity: u32,
     /// Most blocks of one discard or write-zeroes; `u64::MAX` = any.

@@ -55,6 +55,7 @@ pub fn create(manager: &Arc<Manager>, params: Params) -> Result<String, Error> {
         read_only: false,
         volatile: true,
         discard_granularity: params.block_size.max(iobuf::PAGE_SIZE as u32),
+        rotational: false,
         max_unmap_blocks: MAX_UNMAP_BYTES / u64::from(params.block_size),
         buffer_align: 1,
     };

@@ -53,6 +53,7 @@ pub fn create(manager: &Arc<Manager>, params: Params) -> Result<String, Error> {
         read_only: false,
         volatile: false,
         discard_granularity: params.block_size,
+        rotational: false,
         max_unmap_blocks: u64::MAX,
         buffer_align: 1,
     };

@@ -98,6 +98,7 @@ fn bench(change: impl Fn(&mut Info)) -> Bench {
         read_only: false,
         volatile: false,
         discard_granularity: 512,
+        rotational: false,
         max_unmap_blocks: 1000,
         buffer_align: 1,
     };

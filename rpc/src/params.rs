@@ -490,10 +490,18 @@ mod tests {
     #[test]
     fn wrong_values_are_named_with_what_was_expected() {
         for (key, value, text) in [
-            ("num_blocks", json!("8"), "parameter 'num_blocks': expected a whole number from 0 on, got \"8\""),
+            (
+                "num_blocks",
+                json!("8"),
+                "parameter 'num_blocks': expected a whole number from 0 on, got \"8\"",
+            ),
             ("num_blocks", json!(-1), "parameter 'num_blocks': expected a whole number from 0 on, got -1"),
             ("num_blocks", json!(1.5), "parameter 'num_blocks': expected a whole number from 0 on, got 1.5"),
-            ("numa_id", json!(1u64 << 40), "parameter 'numa_id': expected a whole number from -2147483648 to 2147483647, got 1099511627776"),
+            (
+                "numa_id",
+                json!(1u64 << 40),
+                "parameter 'numa_id': expected a whole number from -2147483648 to 2147483647, got 1099511627776",
+            ),
             ("name", json!(null), "parameter 'name': expected a string, got null"),
             ("mode", json!("x"), "parameter 'mode': expected one of ro, rw, got \"x\""),
             ("mode", json!(1), "parameter 'mode': expected a string, got 1"),

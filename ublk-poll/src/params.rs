@@ -27,6 +27,8 @@ pub struct Geometry {
     pub max_write_zeroes: u64,
     /// Writes are volatile until flushed; the device then takes flush and FUA.
     pub write_cache: bool,
+    /// Seeks take time.
+    pub rotational: bool,
     /// Writes are refused by the kernel.
     pub read_only: bool,
 }
@@ -88,6 +90,7 @@ impl Geometry {
                 | attr(discards || self.max_write_zeroes > 0, sys::UBLK_PARAM_TYPE_DISCARD),
             basic: ParamBasic {
                 attrs: attr(self.read_only, sys::UBLK_ATTR_READ_ONLY)
+                    | attr(self.rotational, sys::UBLK_ATTR_ROTATIONAL)
                     | attr(self.write_cache, sys::UBLK_ATTR_VOLATILE_CACHE | sys::UBLK_ATTR_FUA),
                 logical_bs_shift: self.block_size.trailing_zeros() as u8,
                 physical_bs_shift: physical_shift,
@@ -162,6 +165,7 @@ mod tests {
             max_discard: u64::MAX,
             max_write_zeroes: u64::MAX,
             write_cache: true,
+            rotational: false,
             read_only: false,
         }
     }
@@ -177,12 +181,13 @@ mod tests {
         let read_only = Geometry {
             read_only: true,
             write_cache: false,
+            rotational: true,
             discard_granularity: 0,
             max_write_zeroes: 0,
             ..geometry()
         };
         let p = read_only.params();
-        assert_eq!((p.types, p.basic.attrs), (1, 1));
+        assert_eq!((p.types, p.basic.attrs), (1, 1 | 2), "read-only and rotational");
     }
 
     #[test]

@@ -368,6 +368,7 @@ unsafe fn info(bdev: *mut sys::spdk_bdev) -> Info {
             read_only: true,
             volatile: false,
             discard_granularity: 0,
+            rotational: false,
             max_unmap_blocks: 1,
             buffer_align: 1,
         };
@@ -416,6 +417,7 @@ unsafe fn info(bdev: *mut sys::spdk_bdev) -> Info {
             } else {
                 0
             },
+            rotational: false,
             max_unmap_blocks: u64::MAX,
             buffer_align: 1,
         }

@@ -161,6 +161,12 @@ impl Backing {
             && if self.is_device { queue_limit(self, "discard_max_bytes") > 0 } else { has(&self.able.punch) }
     }
 
+    /// The device, or the one that the file's file system is on, has disks that spin. Of a file system on several devices
+    /// (btrfs, ZFS) or on none (tmpfs) nothing is known.
+    pub(super) fn is_rotational(&self) -> bool {
+        queue_limit(self, "rotational") == 1
+    }
+
     /// Smallest unit that discard frees, bytes.
     pub(super) fn discard_granularity(&self) -> u32 {
         if !self.is_device {
@@ -254,10 +260,12 @@ fn punches(fd: &OwnedFd) -> bool {
     rustix::fs::fallocate(fd, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, behind, 65536).is_ok()
 }
 
-/// A number from the device's request queue in sysfs, 0 if it is not there. A partition has its disk's queue.
+/// A number from the request queue, in sysfs, of the device or of the one that the file is on; 0 if it is not there. A
+/// partition has its disk's queue.
 fn queue_limit(backing: &Backing, name: &str) -> u64 {
     let Ok(stat) = rustix::fs::fstat(&backing.fd) else { return 0 };
-    let (major, minor) = (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev));
+    let device = if backing.is_device { stat.st_rdev } else { stat.st_dev };
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
     let read = |up: &str| {
         let path = format!("/sys/dev/block/{major}:{minor}/{up}queue/{name}");
         std::fs::read_to_string(path).ok().and_then(|s| s.trim().parse().ok())

@@ -209,6 +209,7 @@ fn info(params: &Params, backing: &Backing, block_size: u32) -> Info {
         write_cache: !backing.read_only,
         read_only: backing.read_only,
         volatile: false,
+        rotational: backing.is_rotational(),
         discard_granularity,
         max_unmap_blocks: u64::MAX,
         buffer_align: backing.memory_align,

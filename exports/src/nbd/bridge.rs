@@ -15,6 +15,7 @@ pub(super) fn export(info: &Info, blocks: u64, read_only: bool) -> Export {
     // A flush of any channel covers what was acknowledged on all.
     let flags = (TransmissionFlags::HAS_FLAGS | TransmissionFlags::CAN_MULTI_CONN)
         .with_if(TransmissionFlags::READ_ONLY, read_only)
+        .with_if(TransmissionFlags::ROTATIONAL, info.rotational)
         .with_if(TransmissionFlags::SEND_FLUSH, caches)
         .with_if(TransmissionFlags::SEND_FUA, caches)
         .with_if(TransmissionFlags::SEND_TRIM, discards)
@@ -93,6 +94,7 @@ mod tests {
             read_only: false,
             volatile: false,
             discard_granularity: 4096,
+            rotational: false,
             max_unmap_blocks: u64::MAX,
             buffer_align: 1,
         }
@@ -107,6 +109,8 @@ mod tests {
         assert_eq!(export(&read_only, 10, false).flags.0, 0b1_0000_0011);
         let plain = Info { native: OpSet::of(&[Op::Read, Op::Write]), write_cache: false, ..info() };
         assert_eq!(export(&plain, 10, false).flags.0, 0b1_0100_0001);
+        let spinning = Info { rotational: true, ..plain };
+        assert_eq!(export(&spinning, 10, false).flags.0, 0b1_0101_0001);
     }
 
     #[test]

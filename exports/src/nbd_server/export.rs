@@ -85,6 +85,7 @@ fn flags(info: &Info, read_only: bool) -> TransmissionFlags {
     let discards = info.native.has(Op::Discard) && !read_only;
     (TransmissionFlags::HAS_FLAGS | TransmissionFlags::SEND_FLUSH | TransmissionFlags::CAN_MULTI_CONN)
         .with_if(TransmissionFlags::READ_ONLY, read_only)
+        .with_if(TransmissionFlags::ROTATIONAL, info.rotational)
         .with_if(TransmissionFlags::SEND_FUA, !read_only)
         .with_if(TransmissionFlags::SEND_TRIM, discards)
         .with_if(TransmissionFlags::SEND_WRITE_ZEROES, !read_only)

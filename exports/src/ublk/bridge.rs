@@ -25,6 +25,7 @@ pub(super) fn geometry(info: &Info, blocks: u64, read_only: bool, user_copy: boo
         // Every writable bdev takes it: where the backend does not, the I/O channel writes zeroes.
         max_write_zeroes: if read_only { 0 } else { most },
         write_cache: info.write_cache && !read_only,
+        rotational: info.rotational,
         read_only,
     }
 }
@@ -100,6 +101,7 @@ mod tests {
             read_only: false,
             volatile: false,
             discard_granularity: 4096,
+            rotational: false,
             max_unmap_blocks: 16,
             buffer_align: 1,
         }

@@ -104,6 +104,7 @@ mod tests {
             read_only: false,
             volatile,
             discard_granularity: 0,
+            rotational: false,
             max_unmap_blocks: 1,
             buffer_align: 1,
         }

@@ -46,6 +46,7 @@ pub(super) fn info(name: &str, uuid: Uuid, mode: AccessMode, g: &DevGeometry) ->
         read_only: !mode.writes(),
         volatile: false,
         discard_granularity: if discards { g.discard_granularity.max(block_size) } else { 0 },
+        rotational: false,
         max_unmap_blocks: u64::MAX,
         buffer_align: 1,
     }

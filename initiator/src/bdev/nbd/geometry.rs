@@ -70,6 +70,7 @@ pub(super) fn info(name: &str, uuid: Uuid, read_only: bool, a: &Agreed) -> Info 
         write_cache,
         read_only: !writes,
         volatile: false,
+        rotational: a.flags.has(Flag::ROTATIONAL),
         discard_granularity: if native.has(Op::Discard) { preferred.clamp(block_size, 1 << 20) } else { 0 },
         max_unmap_blocks: u64::MAX,
         buffer_align: 1,
@@ -168,6 +169,7 @@ mod tests {
         );
         assert!(i.native_fua && i.write_cache && !i.read_only);
         assert_eq!((i.block_size, i.physical_block_size, i.discard_granularity), (512, 4096, 4096));
+        assert!(!i.rotational && of(&agreed(1 << 20, ALL | 1 << 4, None)).rotational);
         let i = of(&agreed(1 << 20, ALL | 2, None));
         assert!(i.read_only && !i.native.has(Op::Write) && !i.native.has(Op::Discard));
         assert!(info("d", Uuid::nil(), true, &agreed(1 << 20, ALL, None)).read_only, "because we want it so");

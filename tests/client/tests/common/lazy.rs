@@ -38,6 +38,7 @@ impl Lazy {
             read_only: false,
             volatile: true,
             discard_granularity: 0,
+            rotational: false,
             max_unmap_blocks: u64::MAX,
             buffer_align: 1,
         };
