@@ -115,7 +115,7 @@ tls() { echo "nbds+unix:///$2?socket=$dir/tls.sock&tls-certificates=$dir/$1"; } 
 lists_exports() {
   nbdinfo --list --json "$(tcp '')" >list.json
   /usr/bin/python3 - <<'PY'
-import json
+import json, os
 exports = {e["export-name"]: e for e in json.load(open("list.json"))["exports"]}
 assert sorted(exports) == ["4k", "disk", "file", "readonly"], exports
 assert exports["disk"]["description"] == "a disk in memory", exports["disk"]
@@ -126,6 +126,10 @@ for name, e in exports.items():
     assert e["can_trim"] == e["can_zero"] == e["can_fua"] == e["can_fast_zero"] == (name != "readonly"), e
     assert e["can_df"], e
     assert e["contexts"] == ["base:allocation"], e
+device = os.stat("file.img").st_dev
+queues = [f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/{up}queue/rotational" for up in ("", "../")]
+spins = any(os.path.exists(q) and open(q).read().strip() == "1" for q in queues)
+assert exports["file"]["is_rotational"] == spins and not exports["disk"]["is_rotational"], (spins, exports)
 PY
 }
 
