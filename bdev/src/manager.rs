@@ -301,7 +301,7 @@ impl Manager {
         *entry.on_gone.lock().unwrap_or_else(|e| e.into_inner()) = Some(on_gone);
         entry.removed.store(true, Ordering::Release);
         let name = entry.info().name.clone();
-        tracing::info!(bdev = name, "bdev removed");
+        tracing::info!(bdev = name, users = entry.opens().len(), "bdev removed");
         self.announce(Notice::Unregistered, &name);
         entry.tell(Event::Removed);
         Ok(())
@@ -324,8 +324,21 @@ impl Manager {
     pub fn resized(&self, name: &str) -> Result<(), Error> {
         let entry = self.entry(name)?;
         let blocks = entry.bdev().blocks();
-        if entry.blocks.swap(blocks, Ordering::Relaxed) == blocks {
+        let old = entry.blocks.swap(blocks, Ordering::Relaxed);
+        if old == blocks {
             return Ok(());
+        }
+        let (bdev, users) = (&entry.info().name, entry.opens().len());
+        if blocks < old && users > 0 {
+            tracing::warn!(
+                bdev,
+                old,
+                blocks,
+                users,
+                "bdev shrunk under its users: what lay behind its new end is lost"
+            );
+        } else {
+            tracing::info!(bdev, old, blocks, users, "bdev resized");
         }
         self.announce(Notice::Resized, &entry.info().name);
         entry.tell(Event::Resized { blocks });

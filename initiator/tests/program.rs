@@ -212,7 +212,7 @@ fn mapped_lost_restored_and_let_go() {
     p.says(&["path ", "restored after"]);
     p.says(&["connected again after"]);
     p.interrupt();
-    p.says(&["disk0 is closed, session direct disconnected"]);
+    p.says(&["disk0 is not mapped any more, session direct is closed"]);
     let (status, stderr) = p.end();
     assert_eq!((status, stderr.as_str()), (0, ""));
     assert!(!socket.exists(), "the socket is left behind");

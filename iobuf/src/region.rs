@@ -19,9 +19,7 @@ pub const PAGE_SIZE: usize = 4096;
 #[non_exhaustive]
 pub enum MapError {
     /// Of its own.
-    #[error(
-        "cannot map {len} bytes of data memory: {source}; lower queue_depth or max_io_size, or free memory"
-    )]
+    #[error("cannot map {len} bytes of data memory: {source}; ask for less, or free memory")]
     Anonymous {
         /// Wanted.
         len: usize,

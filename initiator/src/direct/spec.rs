@@ -66,9 +66,11 @@ impl Spec {
     pub fn ended(&self) -> String {
         match self {
             Self::Rnbd(spec) => {
-                format!("{} is closed, session {} disconnected", spec.device_path, spec.sessname)
+                format!("{} is not mapped any more, session {} is closed", spec.device_path, spec.sessname)
             }
-            Self::Nbd(spec) => format!("{} is closed, {} disconnected", spec.device(), spec.server()),
+            Self::Nbd(spec) => {
+                format!("{} is not mapped any more, {} is disconnected", spec.device(), spec.server())
+            }
         }
     }
 }
@@ -240,13 +242,29 @@ impl Path {
         };
         let address = |text: &str| {
             let ip = text.strip_prefix("ip:").and_then(|ip| ip.parse::<IpAddr>().ok());
-            ip.ok_or_else(|| match text.strip_prefix("gid:") {
-                Some(_) => format!("path={value}: gid: is not offered; write ip: and an IP address"),
-                None => format!("path={value}: write ip:192.0.2.1, or ip:OUR_ADDRESS@ip:SERVER"),
-            })
+            ip.ok_or_else(|| format!("path={value}: {}", no_address(text)))
         };
         Ok(Self { src: src.map(address).transpose()?, dst: address(dst)?, port: None })
     }
+}
+
+/// Why `text` is no `ip:ADDRESS`, and what would be right.
+fn no_address(text: &str) -> String {
+    let Some(name) = text.strip_prefix("ip:") else {
+        let rest = match text.strip_prefix("gid:") {
+            Some(_) => "gid: is not offered; write ip: and an IP address",
+            None => "write ip:192.0.2.1, or ip:OUR_ADDRESS@ip:SERVER",
+        };
+        return rest.into();
+    };
+    let bare = name.trim_start_matches('[').trim_end_matches(']');
+    if bare != name && bare.parse::<IpAddr>().is_ok() {
+        return format!("write ip:{bare}, without brackets");
+    }
+    if name.is_empty() {
+        return "the address after ip: is missing, such as ip:192.0.2.1".into();
+    }
+    format!("'{name}' is no IP address, and names are not looked up: write an address such as ip:192.0.2.1")
 }
 
 #[cfg(test)]
@@ -307,6 +325,9 @@ mod tests {
             (&format!("{good} path=10.0.0.2"), "write ip:192.0.2.1"),
             (&format!("{good} path=gid:fe80::1"), "gid: is not offered"),
             (&format!("{good} path=ip:10.0.0.2@"), "write ip:192.0.2.1"),
+            (&format!("{good} path=ip:localhost"), "names are not looked up"),
+            (&format!("{good} path=ip:[2001:db8::1]"), "write ip:2001:db8::1, without brackets"),
+            (&format!("{good} path=ip:"), "is missing"),
             (&format!("{good} nr_poll_queues=1"), "leave it out"),
             (&format!("{good} reconnect_delay_sec=soon"), "a number of seconds"),
             (&format!("{good}{}", " path=ip:10.0.0.2".repeat(6)), "at most 6"),

@@ -440,7 +440,9 @@ fn contexts_data(export: &str, contexts: &[String]) -> Vec<u8> {
 fn shown(data: &[u8]) -> String {
     let text = String::from_utf8_lossy(data);
     let end = text.floor_char_boundary(MAX_TEXT);
-    text[..end].escape_debug().to_string()
+    // A quotation mark is as printable as a letter.
+    let plain = |c: char| if matches!(c, '\'' | '"') { c.to_string() } else { c.escape_debug().to_string() };
+    text[..end].chars().map(plain).collect()
 }
 
 #[cfg(test)]

@@ -26,7 +26,7 @@ stop_map() {
   wait "$INITIATOR_PID" || rc=$?
   INITIATOR_PID=
   check_eq "SIGINT ends it with status 0" "$rc" 0
-  check "it says so" said 'is closed, session direct disconnected'
+  check "it says so" said 'is not mapped any more, session direct is closed'
 }
 # refused NAME WORD ARGUMENT...: status 1, and the word on standard error.
 refused() {

@@ -114,7 +114,7 @@ fn error_name(kind: u32) -> String {
         rep::ERR_POLICY => "ERR_POLICY".into(),
         rep::ERR_INVALID => "ERR_INVALID".into(),
         rep::ERR_PLATFORM => "ERR_PLATFORM".into(),
-        rep::ERR_TLS_REQD => "ERR_TLS_REQD (it wants TLS)".into(),
+        rep::ERR_TLS_REQD => "ERR_TLS_REQD (it wants TLS: use nbds:// or tls)".into(),
         rep::ERR_UNKNOWN => "ERR_UNKNOWN (it has no such export)".into(),
         rep::ERR_SHUTDOWN => "ERR_SHUTDOWN (it is about to end)".into(),
         rep::ERR_BLOCK_SIZE_REQD => "ERR_BLOCK_SIZE_REQD".into(),

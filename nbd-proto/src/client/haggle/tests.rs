@@ -254,7 +254,7 @@ fn refusals_in_the_words_of_the_server() {
         (rep::ERR_UNKNOWN, "refuses GO with ERR_UNKNOWN (it has no such export): no 'disk' here"),
         (rep::ERR_POLICY, "refuses GO with ERR_POLICY: no 'disk' here"),
         (rep::ERR_SHUTDOWN, "ERR_SHUTDOWN (it is about to end)"),
-        (rep::ERR_TLS_REQD, "ERR_TLS_REQD (it wants TLS)"),
+        (rep::ERR_TLS_REQD, "ERR_TLS_REQD (it wants TLS: use nbds:// or tls)"),
         (rep::ERROR + 99, "error 0x80000063"),
     ] {
         let server = |option: u32, data: &[u8]| match option {
