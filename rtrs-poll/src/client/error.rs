@@ -45,7 +45,7 @@ pub enum PathError {
     /// The server ended the path when it heard the session's name. It gives no reason; the only one there should be is that
     /// another session has the name (`rtrs-srv.c`, process_info_req).
     #[error(
-        "the server ended the connection when it heard the session's name: another client has it, or one that crashed still does"
+        "the server ended the connection when it heard the session's name: most likely another client has that name, or one that crashed still does"
     )]
     NameRefused,
     /// A connected path was lost.
