@@ -34,6 +34,7 @@ _client_if() { case $VM_NET in tap) echo "eth$(($1 - 1))" ;; *) echo "d$((2 * $1
 # setup_net [N]: N links (with tap at most 2), with an rxe device rxe1, rxe3, … on every client's end, and what VM_NET says
 # on the server's.
 setup_net() {
+  _keep_ingress
   case $VM_NET in
     rxe) setup_rxe "$@" ;;
     soft) _setup_soft "$@" ;;
@@ -181,6 +182,12 @@ _netem() {
 _no_netem() {
   must tc qdisc del dev "$(_client_if "$1")" root
   must tc qdisc del dev "$(_client_if "$1")" ingress
+}
+# The first ingress queue of a kernel patches its code, and the removal of the last one patches it back. Under packets an
+# emulator with several CPUs does not always survive that (an int3 that nobody knows). So one stays, where nothing passes.
+_keep_ingress() {
+  modprobe sch_ingress 2>/dev/null
+  tc qdisc show dev lo | grep -q ingress || must tc qdisc add dev lo ingress
 }
 _ingress_device() {
   local ifb=ifb$(($1 - 1))

@@ -76,16 +76,14 @@ memory=${memory:-4G}
 # It ends what hangs, nothing else: no verdict depends on it.
 limit=$((${limit:-300} * 2 * ${TIME_SCALE:-1}))
 
-if [[ ! -e $vm/kernel-$series ]] || ! command -v qemu-system-x86_64 >/dev/null; then
-  "$here/build.sh" -k "$series"
-fi
+# What is there may be of an earlier state of the scripts: that takes a moment to find out.
+"$here/build.sh" -k "$series" >&2 || vm_die "linux $series could not be built"
 read -r kver _ <"$vm/kernel-$series"
 [[ $series != newest ]] || { series=$(readlink "$vm/kernel-newest"); series=${series#kernel-}; }
 dir=$vm/$kver name=$scenario-$kver
 [[ $net == rxe ]] || name+=-$net
 for kv in "${env[@]}"; do [[ $kv == *_DIR=* ]] || name+=-${kv//[^A-Za-z0-9_=.]/}; done
 log=$vm/logs/$name.log console=$vm/logs/$name.console.log out=$vm/out/$name
-[[ -e $dir/initrd.gz ]] || "$here/build.sh" -k "$series"
 mkdir -p "$vm/logs"
 
 # One run of a scenario and kernel at a time: they share logs and $OUT_DIR.

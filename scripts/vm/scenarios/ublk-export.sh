@@ -111,7 +111,7 @@ say "a mounted disk"
 must start_disk File0 1
 must wait_for test -b /dev/ublkb1p1
 must mount /dev/ublkb1p1 /mnt/u
-refused "is not stopped" "is mounted at /mnt/u" ublk_stop_disk '{"ublk_id": 1}'
+refused "is not stopped" "is mounted on /mnt/u" ublk_stop_disk '{"ublk_id": 1}'
 check "and works on" bash -c 'echo x >/mnt/u/x && sync -f /mnt/u'
 must umount /mnt/u
 check "after that it stops" stop_disk 1
