@@ -155,9 +155,10 @@ fn a_mebibyte_each_way_through_a_small_socket() {
     // The system may count what was read as not read for a moment.
     test_support::until("the good-bye is sent", || server.flush().unwrap());
     assert_eq!(read_one(&mut client).unwrap(), Moved::End);
-    // One that goes without a word is gone, too.
+    // One that goes without a word is gone, too. A program that another test starts has a copy of the socket for a moment.
     drop(client);
-    assert_eq!(read_one(&mut server).unwrap(), Moved::End);
+    let next = || Some(read_one(&mut server).unwrap()).filter(|moved| *moved != Moved::WouldBlock);
+    assert_eq!(test_support::until_some("the end", next), Moved::End);
 }
 
 #[test]
