@@ -18,7 +18,7 @@ use nbd_proto::wire::{
 use reactor::{Handle, IdlePolicy};
 use rpc::{Client as RpcClient, Config};
 use serde_json::json;
-use test_support::{Counting, Dir, is_none, patience, recv};
+use test_support::{Counting, Dir, allocates_nothing, patience, recv};
 
 /// Rounds of requests in each framing.
 const MEASURED: usize = 500;
@@ -142,7 +142,7 @@ fn requests_allocate_nothing() {
         run(&mut client, framing, MEASURED);
         let more = allocations(&reactor) - before;
         assert!(
-            is_none(more, MEASURED * ROUND as usize),
+            allocates_nothing(more, MEASURED * ROUND as usize),
             "{more} allocations in {MEASURED} rounds of {framing:?}"
         );
     }

@@ -10,7 +10,7 @@ use exports::vhost::Vhost;
 use reactor::{Handle, IdlePolicy};
 use rpc::{Client as RpcClient, Config};
 use serde_json::json;
-use test_support::{Counting, Dir, is_none, recv};
+use test_support::{Counting, Dir, allocates_nothing, recv};
 use vhost_driver::{Disk, Options as Guest};
 
 /// Requests of each kind of ring.
@@ -70,7 +70,7 @@ fn requests_allocate_nothing() {
             run(&mut disk, MEASURED);
             let more = allocations(&reactor) - before;
             assert!(
-                is_none(more, MEASURED),
+                allocates_nothing(more, MEASURED),
                 "{more} allocations in {MEASURED} requests to {bdev}, packed {packed}"
             );
         }

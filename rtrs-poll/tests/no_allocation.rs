@@ -15,7 +15,7 @@ use rtrs_poll::client::{
 };
 use rtrs_proto::Errno;
 use rtrs_proto::limits::Geometry;
-use test_support::{Counting, allocations, is_none};
+use test_support::{Counting, allocates_nothing, allocations};
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
@@ -123,5 +123,5 @@ fn run(paths: u8, policy: Policy) {
         policy.name(),
         time.as_nanos() as f64 / MEASURED as f64
     );
-    assert!(is_none(allocations, MEASURED as usize), "{allocations} in {MEASURED} requests");
+    assert!(allocates_nothing(allocations, MEASURED as usize), "{allocations} in {MEASURED} requests");
 }

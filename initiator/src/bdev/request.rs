@@ -50,7 +50,7 @@ pub(super) struct Part {
     pub len: u32,
     /// Memory that stands for the request's own.
     pub bounce: Option<Buffer>,
-    /// The opening of the device ([`Opened::epoch`]) in which it was sent last.
+    /// The opening of the device ([`Opened::epoch`]) in which it was sent last; 0: it never was.
     pub epoch: u64,
 }
 

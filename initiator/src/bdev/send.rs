@@ -56,6 +56,9 @@ impl<S: Copy + Eq> Disks<S> {
                 Ok(()) => {
                     d.ready.pop_front();
                     d.inflight += 1;
+                    if let Some(part) = self.parts.get_mut(part) {
+                        part.epoch = open.epoch;
+                    }
                 }
                 // What is not up any more says so soon, and memory that was just made is registered soon.
                 Err(Unsent::Busy | Unsent::Down | Unsent::Memory) => {
@@ -89,14 +92,18 @@ impl<S: Copy + Eq> Disks<S> {
 
     /// Sends one part, out of the request's own memory if that can be.
     fn send(&mut self, place: u32, open: &Opened<S>, wire: &mut impl Wire<S>) -> Result<(), Unsent> {
-        self.fit(place, open)?;
         let Self { parts, requests, scratch, any_memory, .. } = self;
-        let part = parts.get_mut(place).ok_or(Unsent::Never)?;
+        let part = parts.get(place).ok_or(Unsent::Never)?;
         let r = requests.get(part.request).ok_or(Unsent::Never)?;
+        let most = open.limits.of(r.op);
+        if part.len > most && most > 0 {
+            // It was cut in an earlier opening, in which the server took more.
+            self.divide(place, most)?;
+            return self.send(place, open, wire);
+        }
         let (cookie, op) = (u64::from(place), r.op);
         let (fua, keep) = (is_fua(r.op, r.flags), r.flags.has(Flags::NO_UNMAP));
         let sector = (r.offset + part.from) >> SECTOR_SHIFT;
-        part.epoch = open.epoch;
         if !op.has_data() {
             let message = Message { op, fua, keep, sector, len: part.len, data: &[] };
             return wire.send(open, &message, cookie);
@@ -117,15 +124,6 @@ impl<S: Copy + Eq> Disks<S> {
         wire.send(open, &Message { op, fua, keep, sector, len: part.len, data: &[segment] }, cookie)
     }
 
-    /// A part that was cut in an earlier opening may be longer than what the server takes in this one.
-    #[inline]
-    fn fit(&mut self, place: u32, open: &Opened<S>) -> Result<(), Unsent> {
-        let part = self.parts.get(place).ok_or(Unsent::Never)?;
-        let r = self.requests.get(part.request).ok_or(Unsent::Never)?;
-        let most = open.limits.of(r.op);
-        if part.len <= most || most == 0 { Ok(()) } else { self.divide(place, most) }
-    }
-
     /// Shortens a part, the first that is ready, to `len` bytes. The rest becomes a part of its own, behind it.
     #[cold]
     fn divide(&mut self, place: u32, len: u32) -> Result<(), Unsent> {
@@ -135,12 +133,12 @@ impl<S: Copy + Eq> Disks<S> {
         let (from, rest) = (part.from + u64::from(len), part.len.saturating_sub(len));
         part.len -= rest;
         if rest > 0 {
-            if d.fence.is_up() && r.op.modifies() {
-                // If it is a repetition, the fence stands until the last piece of it is answered.
+            // The fence of a repetition stands until the last piece of it is answered.
+            if part.epoch > 0 && d.fence.is_up() && r.op.modifies() {
                 d.fence.raise(Fence::NO_WAY, r.offset + from, rest.into());
             }
             r.parts += 1;
-            let rest = Part { request: part.request, from, len: rest, bounce: None, epoch: 0 };
+            let rest = Part { request: part.request, from, len: rest, bounce: None, epoch: part.epoch };
             let rest = self.parts.insert(rest);
             d.ready.insert(1.min(d.ready.len()), rest);
         }

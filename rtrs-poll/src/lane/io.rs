@@ -188,8 +188,7 @@ impl Io {
     /// See [`Heartbeat::probe`]; `key` is con 0 of a path that is up, or was.
     pub(super) fn probe(&mut self, key: ConKey, now: Instant, patience: Duration) {
         let t = nanos(now, self.epoch);
-        let con = self.cons.get_mut(key.index as usize).and_then(Option::as_mut).filter(|c| c.key == key);
-        if let Some(heartbeat) = con.and_then(|c| c.heartbeat.as_mut()) {
+        if let Some(heartbeat) = self.con(key).and_then(|c| c.heartbeat.as_mut()) {
             heartbeat.probe(t, patience.as_nanos() as u64);
             self.find_next_beat();
         }

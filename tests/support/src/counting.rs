@@ -25,7 +25,7 @@ pub fn all_allocations() -> u64 {
 
 /// A data path that allocated `count` times in `requests` requests allocates nothing: timers that fire meanwhile may, and
 /// there are the more of them the slower the machine is.
-pub fn is_none(count: u64, requests: usize) -> bool {
+pub fn allocates_nothing(count: u64, requests: usize) -> bool {
     count <= requests as u64 / 1000
 }
 

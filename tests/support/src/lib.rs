@@ -9,7 +9,7 @@ mod files;
 mod network;
 mod wait;
 
-pub use counting::{Counting, all_allocations, allocations, is_none};
+pub use counting::{Counting, all_allocations, allocates_nothing, allocations};
 pub use files::Dir;
 pub use network::{address, listens, network, port};
 pub use wait::{limit, patience, recv, scale, until, until_some};

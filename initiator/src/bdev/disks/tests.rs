@@ -368,6 +368,36 @@ fn what_a_lost_path_may_still_write_is_not_overwritten() {
     rig.nothing_left();
 }
 
+/// A new write that is divided is no repetition, whatever else is fenced; the rest of a repetition is one.
+#[test]
+fn only_what_is_repeated_is_fenced() {
+    let mut rig = Rig::new(None);
+    let long = |epoch, data| Opened { limits: Limits { data, ..limits() }, ..opened(epoch) };
+    rig.disks.open(5, long(2, 32 << 10), None);
+    let (foreign, out) = (Region::new(16 << 10).unwrap(), rig.memory(4096));
+    let fence = rig.disks.devices.get(rig.device).unwrap().fence.clone();
+    fence.set_hold(Duration::from_secs(40));
+    fence.raise(9, 60 << 10, 512);
+    assert_eq!(rig.submit(Op::Write, 0, 32, &[part(&foreign, 0, 16 << 10)], 1), Status::Ok);
+    rig.serve();
+    assert_eq!(rig.done(), [(1, Status::Ok)]);
+    assert_eq!(fence.until(0, 16 << 10, rig.now), None, "it was divided to go by buffers");
+    assert_eq!(rig.submit(Op::Write, 32, 8, &[part(&out, 0, 4096)], 2), Status::Ok);
+    rig.run();
+    rig.lose(0);
+    rig.come_back_as(long(3, 1024), None);
+    rig.run();
+    // Three of its four pieces.
+    for _ in 0..3 {
+        rig.answer(Ok(()));
+    }
+    let last = rig.server.queue[0].sector * 512;
+    assert!(fence.until(last, 512, rig.now).is_some(), "its last piece is under way");
+    rig.serve();
+    assert_eq!(rig.done(), [(2, Status::Ok)]);
+    rig.nothing_left();
+}
+
 #[test]
 fn a_fence_ends_with_its_time() {
     let (mut rig, out) = failed_over();
@@ -627,25 +657,13 @@ fn a_channel_takes_so_many_and_no_more() {
 /// What may happen next in the random test.
 #[derive(Clone, Debug)]
 enum Step {
-    Write {
-        block: u64,
-        blocks: u64,
-        shape: usize,
-    },
-    Read {
-        block: u64,
-        blocks: u64,
-        shape: usize,
-    },
-    Zero {
-        block: u64,
-        blocks: u64,
-    },
+    Write { block: u64, blocks: u64, shape: usize },
+    Read { block: u64, blocks: u64, shape: usize },
+    Zero { block: u64, blocks: u64 },
     Flush,
     Answer(usize),
     Lose(usize),
-    /// With so many data bytes in a message.
-    Open(u32),
+    Open { data: u32 },
     Reset,
 }
 
@@ -658,7 +676,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => Just(Step::Flush),
         8 => (0..8usize).prop_map(Step::Answer),
         1 => (0..8usize).prop_map(Step::Lose),
-        2 => (1..10u32).prop_map(|blocks| Step::Open(blocks * 512)),
+        2 => (1..10u32).prop_map(|blocks| Step::Open { data: blocks * 512 }),
         1 => Just(Step::Reset),
     ]
 }
@@ -728,9 +746,9 @@ impl Model {
                     self.up = false;
                     self.rig.lose(n);
                 }
-                Step::Open(data) if !self.up => self.open(data),
+                Step::Open { data } if !self.up => self.open(data),
                 Step::Reset => self.reset(),
-                Step::Lose(_) | Step::Open(_) => {}
+                Step::Lose(_) | Step::Open { .. } => {}
             }
             self.rig.run();
             self.collect()?;
