@@ -49,7 +49,8 @@ impl Agent {
         let Some(conn) = self.conns.get(&id) else { return };
         let body = conn.dreq();
         let repeat = Repeat {
-            left: self.config.dreq_retries,
+            // Nobody has answered from there yet, so this may go to somebody who has never heard of us.
+            left: if refuse { self.config.dreq_retries.min(1) } else { self.config.dreq_retries },
             interval: self.config.retry_interval,
             max_interval: self.config.max_retry_interval,
             until: now.saturating_add(self.config.give_up_after),

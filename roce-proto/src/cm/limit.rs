@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 
+use quota::Source;
+
 use crate::Nanos;
 
 const SECOND: Nanos = 1_000_000_000;
@@ -58,13 +60,9 @@ impl Strangers {
 
     /// Keyed, so that nobody can choose a victim's group.
     fn group(&self, src: IpAddr) -> usize {
-        let bits = match src {
-            IpAddr::V4(v4) => u128::from(v4.to_bits()),
-            // A host has the whole /64.
-            IpAddr::V6(v6) => v6.to_bits() >> 64,
-        };
+        let bits = Source::of(src).bits();
         let mixed =
-            (bits as u64 ^ self.secret).wrapping_mul(0x9e37_79b9_7f4a_7c15 ^ self.secret.rotate_left(32) | 1);
+            (bits ^ self.secret).wrapping_mul(0x9e37_79b9_7f4a_7c15 ^ self.secret.rotate_left(32) | 1);
         (mixed >> 56) as usize
     }
 }
@@ -73,12 +71,13 @@ impl Strangers {
 #[derive(Debug, Default)]
 pub(super) struct HalfOpen {
     all: u32,
-    by_source: HashMap<IpAddr, u32>,
+    by_source: HashMap<Source, u32>,
 }
 
 impl HalfOpen {
     /// Counts one of `src`, unless it is one too many.
     pub fn enter(&mut self, src: IpAddr, max: u32, max_per_source: u32) -> bool {
+        let src = Source::of(src);
         let own = self.by_source.get(&src).copied().unwrap_or(0);
         if self.all >= max || own >= max_per_source {
             return false;
@@ -90,6 +89,7 @@ impl HalfOpen {
 
     /// Undoes one [`HalfOpen::enter`].
     pub fn leave(&mut self, src: IpAddr) {
+        let src = Source::of(src);
         self.all -= 1;
         if let Some(own) = self.by_source.get_mut(&src) {
             *own -= 1;
@@ -140,5 +140,10 @@ mod tests {
         assert_eq!(half.by_source.len(), 3);
         half.leave(ip(2));
         assert_eq!(half.by_source.len(), 2);
+        half.leave(ip(1));
+        half.leave(ip(3));
+        let v6 = |last: u16| IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, last]);
+        assert!(half.enter(v6(1), 3, 2) && half.enter(v6(2), 3, 2));
+        assert!(!half.enter(v6(3), 3, 2), "a host has the whole /64");
     }
 }
