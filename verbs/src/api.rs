@@ -42,6 +42,9 @@ pub struct DeviceInfo {
     pub max_qp_wr: u32,
     /// Entries of one completion queue.
     pub max_cqe: u32,
+    /// Entries that are not in use cost nothing, while each completion queue does: one of [`DeviceInfo::max_cqe`] entries
+    /// serves best.
+    pub cq_grows: bool,
     /// Scatter entries of a send or receive.
     pub max_sge: u32,
     /// Bytes of one memory region.

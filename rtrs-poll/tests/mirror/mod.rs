@@ -40,6 +40,7 @@ impl MirrorCm {
             provider: "mirror",
             max_qp_wr: 4096,
             max_cqe: 1 << 16,
+            cq_grows: false,
             max_sge: 4,
             max_mr_bytes: 1 << 40,
             windows: WindowKind::Unsupported,

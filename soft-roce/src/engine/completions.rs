@@ -9,10 +9,15 @@ use verbs::Wc;
 
 use crate::udp::sys;
 
+/// Entries that have memory ahead of time, at most.
+const MADE_READY: usize = 32768;
+
 /// Work completions that the user has not fetched.
 pub struct Completions {
     queue: VecDeque<Wc>,
     entries: usize,
+    /// Requests of all queue pairs.
+    promised: usize,
     overrun: bool,
     /// The next completion is to be announced.
     armed: bool,
@@ -25,7 +30,20 @@ impl Completions {
     pub fn new(entries: u32) -> io::Result<Self> {
         let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let entries = entries as usize;
-        Ok(Self { queue: VecDeque::with_capacity(entries), entries, overrun: false, armed: false, bell })
+        Ok(Self { queue: VecDeque::new(), entries, promised: 0, overrun: false, armed: false, bell })
+    }
+
+    /// A queue pair comes that may have `requests` completions waiting. Makes room, so that [`Completions::push`] does not
+    /// allocate, unless more wait than ever do where somebody polls.
+    pub fn promise(&mut self, requests: usize) {
+        self.promised += requests;
+        let wanted = self.promised.min(self.entries).min(MADE_READY);
+        self.queue.reserve(wanted.saturating_sub(self.queue.len()));
+    }
+
+    /// Such a queue pair is gone.
+    pub fn withdraw(&mut self, requests: usize) {
+        self.promised -= requests;
     }
 
     /// Adds a completion. One too many, and the queue is lost.

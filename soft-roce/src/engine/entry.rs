@@ -103,6 +103,11 @@ impl Entry {
         }
     }
 
+    /// Requests that may be in its queues.
+    pub fn requests(&self) -> usize {
+        self.sends.depth() as usize + self.recvs.depth() as usize
+    }
+
     /// Queues a send. `local`: its scatter entries are registered as they must be.
     ///
     /// # Errors

@@ -72,8 +72,10 @@ impl Qps {
     }
 
     fn add(&mut self, entry: Box<Entry>) {
-        let qpn = entry.qpn;
-        if self.table.add(entry).is_err() {
+        let (qpn, requests) = (entry.qpn, entry.requests());
+        if self.table.add(entry).is_ok() {
+            self.completions.promise(requests);
+        } else {
             tracing::error!(qpn, "too many queue pairs on one completion queue; this one does nothing");
         }
         // Room for the whole list, so that the data path need not grow it.
@@ -137,8 +139,10 @@ impl Qps {
 
     /// Takes a queue pair out. Completions of it may remain.
     pub fn remove(&mut self, qpn: u32) {
-        if let Some(place) = self.table.find(qpn) {
-            self.table.remove(place);
+        if let Some(place) = self.table.find(qpn)
+            && let Some(entry) = self.table.remove(place)
+        {
+            self.completions.withdraw(entry.requests());
         }
     }
 

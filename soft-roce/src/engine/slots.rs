@@ -19,6 +19,11 @@ impl<T: Copy> Slots<T> {
         number as usize & (self.items.len() - 1)
     }
 
+    /// Elements it has room for.
+    pub fn depth(&self) -> u32 {
+        self.depth
+    }
+
     /// Elements in use.
     pub fn len(&self) -> u32 {
         self.tail.wrapping_sub(self.head)

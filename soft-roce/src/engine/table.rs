@@ -72,7 +72,18 @@ impl Table {
         self.index[bits_of(entry.qpn)] = 0;
         self.deadlines[usize::from(place)] = Nanos::MAX;
         self.free.push(place);
+        self.trim();
         Some(entry)
+    }
+
+    /// Gives up places at the end: what is looked through is as long as there are queue pairs, not as there ever were.
+    fn trim(&mut self) {
+        let used = self.entries.iter().rposition(Option::is_some).map_or(0, |last| last + 1);
+        if used < self.entries.len() {
+            self.entries.truncate(used);
+            self.deadlines.truncate(used);
+            self.free.retain(|place| usize::from(*place) < used);
+        }
     }
 
     /// Places of all queue pairs.
@@ -125,6 +136,17 @@ mod tests {
         assert_eq!(table.remove(place).unwrap().qpn, 0xff_ff83);
         assert_eq!(table.find(0xff_ff83), None);
         assert_eq!(table.add(entry(0x83)).ok(), Some(place), "places are used again");
+    }
+
+    #[test]
+    fn a_table_is_no_longer_than_it_must_be() {
+        let mut table = Table::new();
+        let places: Vec<u16> = (0..4).map(|i| table.add(entry(i << 7 | 0x101)).ok().unwrap()).collect();
+        for i in [1, 3, 2] {
+            table.remove(places[i]).unwrap();
+        }
+        assert_eq!(table.places(), 0..1);
+        assert_eq!(table.add(entry(0x901)).ok(), Some(1));
     }
 
     #[test]

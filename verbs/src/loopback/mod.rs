@@ -48,6 +48,7 @@ impl Default for Config {
             provider: PROVIDER,
             max_qp_wr: 16384,
             max_cqe: 1 << 20,
+            cq_grows: false,
             max_sge: 4,
             max_mr_bytes: 1 << 40,
             windows: WindowKind::PerDomain,

@@ -70,6 +70,7 @@ fn info(name: String, attr: &sys::ibv_device_attr) -> DeviceInfo {
         provider: PROVIDER,
         max_qp_wr: count(attr.max_qp_wr),
         max_cqe: count(attr.max_cqe),
+        cq_grows: false,
         max_sge: count(attr.max_sge),
         max_mr_bytes: attr.max_mr_size,
         windows,
