@@ -2,17 +2,29 @@
 #![no_main]
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 
 use libfuzzer_sys::fuzz_target;
 use rtrs_proto::admission::{Limits, PathId, PathState, SessionTable};
 use rtrs_proto::handshake::ConnectRequest;
 use rtrs_proto::wire::Uuid;
 
-const LIMITS: Limits = Limits { max_sessions: 3, max_connections: 9, max_cid_num: 70, half_open_ns: 50 };
+const LIMITS: Limits = Limits {
+    max_sessions: 3,
+    max_paths: 5,
+    max_connections: 9,
+    max_memory: 500,
+    path_bytes: 100,
+    connection_bytes: 10,
+    share_percent: 70,
+    max_unproved: 4,
+    max_cid_num: 70,
+    half_open_ns: 50,
+};
 
 /// The table, the number of connections it gave us per path, and the time.
 struct Driver {
-    table: SessionTable<u8>,
+    table: SessionTable,
     given: HashMap<PathId, u16>,
     now: u64,
 }
@@ -26,15 +38,22 @@ fuzz_target!(|input: &[u8]| {
     driver.close_all();
 });
 
+/// The client at address `n`.
+fn ip(n: u8) -> IpAddr {
+    [10, 0, 0, n].into()
+}
+
 impl Driver {
     fn step(&mut self, [op, a, b, c, d]: [u8; 5]) {
         let nth = self.table.paths().nth(usize::from(a % 10)).map(|p| (p.id, p.state));
-        match (op % 8, nth) {
+        match (op % 10, nth) {
             (0..4, _) => self.admit(op, a, b, c, d),
             (4, Some((id, _))) => self.info(id, b, c),
             (5, Some((id, state))) => assert_eq!(self.table.begin_close(id), state != PathState::Closing),
             (6, Some((id, PathState::Closing))) => self.closed(id),
             (7, _) => self.wait(a),
+            (8, Some((id, _))) => self.prove(id),
+            (9, _) => self.table.remember(ip(a >> 4)),
             _ => {}
         }
     }
@@ -48,10 +67,21 @@ impl Driver {
             session_uuid: Uuid([b & 3; 16]),
             first_conn: op & 1 == 0,
         };
-        if let Ok(admitted) = self.table.admit(self.now, &request, a >> 4, 0) {
+        if let Ok(admitted) = self.table.admit(self.now, &request, ip(a >> 4), ip(0), false) {
+            self.evicted(&admitted.evicted);
             assert_eq!(admitted.new_path, !self.given.contains_key(&admitted.path));
             *self.given.entry(admitted.path).or_insert(0) += 1;
         }
+    }
+
+    fn prove(&mut self, id: PathId) {
+        if let Ok(evicted) = self.table.prove(id) {
+            self.evicted(&evicted);
+        }
+    }
+
+    fn evicted(&self, paths: &[PathId]) {
+        assert!(paths.iter().all(|id| self.table.path(*id).map(|p| p.state) == Some(PathState::Closing)));
     }
 
     fn info(&mut self, id: PathId, name: u8, msg_type: u8) {
@@ -79,7 +109,7 @@ impl Driver {
 
     fn check(&self) {
         let t = &self.table;
-        assert!(t.sessions().count() <= LIMITS.max_sessions && t.connections() <= LIMITS.max_connections);
+        assert!(t.in_use().all(|(_, used, limit)| used <= limit.total()));
         assert_eq!(t.connections(), self.given.values().map(|&n| usize::from(n)).sum());
         for p in t.paths() {
             assert!(t.session(p.session).is_some() && (1..=p.cid_num).contains(&p.connections));

@@ -524,6 +524,7 @@ fuzz_target!(|input: &[u8]| {
         rotate_rkeys: bits & 1 != 0,
         reads: if bits & 16 == 0 { ReadStyle::Invalidate } else { ReadStyle::OneMessage },
         max_sessions: 2,
+        share_percent: 100,
         max_paths: 3,
         max_connections: 8,
         ..Options::default()

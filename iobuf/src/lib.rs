@@ -7,12 +7,14 @@
 //! Peers may write into a region at any time (that is what RDMA is for), so no Rust reference into one is ever
 //! made from code that cannot rule this out: copies go through [`Region::copy_out`] and [`Region::copy_in`].
 
+mod budget;
 mod fault;
 mod pool;
 mod provider;
 mod region;
 mod registry;
 
+pub use budget::usable_memory;
 pub use fault::losses;
 pub use pool::{Buffer, Pool};
 pub use provider::Provider;

@@ -174,6 +174,17 @@ impl Region {
         Ok(Self { base, len, id, generation, guard, origin: Origin::Shared })
     }
 
+    /// Has the system back single pages when they are first touched, not huge ones: a peer that writes a byte here and there
+    /// shall not cost 2 MiB each time. For memory that strangers write to. Without effect on memory of a provider.
+    pub fn populate_by_page(&self) {
+        if matches!(self.origin, Origin::Private) {
+            // SAFETY: the whole mapping, which is ours; the advice does not change its contents. A refusal (no transparent
+            // huge pages in this kernel) means that there are none.
+            let _ =
+                unsafe { rustix::mm::madvise(self.base.as_ptr().cast(), self.len, Advice::LinuxNoHugepage) };
+        }
+    }
+
     /// Shared memory whose other side has taken it away: it has been replaced by zeroed memory that nobody else sees.
     /// [`crate::losses`] tells when to ask.
     pub fn is_lost(&self) -> bool {

@@ -10,6 +10,7 @@
 //! Read [`Session`] for how paths of one client are kept from racing, then [`Lane`] for the data path.
 
 pub mod client;
+mod cqs;
 mod lane;
 mod limit;
 mod options;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use rtrs_proto::heartbeat;
 use rtrs_proto::limits::Geometry;
-use rtrs_proto::response::ReadStyle;
+use rtrs_proto::response::{Keys, Policy, ReadStyle};
 
 /// Options of a [`crate::Server`], fixed once it listens.
 #[derive(Clone, Debug)]
@@ -21,12 +21,25 @@ pub struct Options {
     pub heartbeat: heartbeat::Config,
     /// A path whose connections and INFO_REQ have not all come by then is closed.
     pub half_open_timeout: Duration,
-    /// Sessions at once; each pins `queue_depth * (max_io_size + max_hdr_size)` bytes per path.
+    /// Sessions at once.
     pub max_sessions: u32,
     /// Paths at once, over all sessions.
     pub max_paths: u32,
     /// Connections at once, over all sessions.
     pub max_connections: u32,
+    /// Bytes of chunks and queues at once: a path that is up has `queue_depth * (max_io_size + max_hdr_size)` bytes of
+    /// chunks. `None`: half of the memory that the process may use.
+    pub max_memory: Option<u64>,
+    /// What one source ([`quota::Source`]) may have of each of these limits, percent, 1 to 100.
+    pub share_percent: u8,
+}
+
+impl Options {
+    /// How requests are answered.
+    pub(crate) const fn policy(&self) -> Policy {
+        let keys = if self.rotate_rkeys { Keys::Rotating } else { Keys::Static };
+        Policy { keys, reads: self.reads }
+    }
 }
 
 impl Default for Options {
@@ -40,6 +53,8 @@ impl Default for Options {
             max_sessions: 64,
             max_paths: 128,
             max_connections: 4096,
+            max_memory: None,
+            share_percent: 25,
         }
     }
 }

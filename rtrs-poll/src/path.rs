@@ -2,11 +2,11 @@
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use iobuf::{Registry, Segment};
 use rtrs_proto::limits::Geometry;
-use rtrs_proto::response::{Keys, Policy};
+use rtrs_proto::response::Policy;
 use rtrs_proto::wire::{SgDesc, Uuid};
 use verbs::{Access, Device, Mr, Sge, Window, WindowKind};
 
@@ -56,9 +56,8 @@ pub struct Path {
     pub(crate) policy: Policy,
     /// Non-zero, unique among living paths: owner tag in [`Session`].
     pub(crate) tag: u32,
-    // Fields are dropped in this order: a region cannot be deregistered while windows are bound to it.
-    windows: Option<Box<[Mutex<Window>]>>,
-    chunks: Mr,
+    /// From INFO_REQ on: who has not come so far has cost no memory.
+    chunks: OnceLock<Chunks>,
     service: Mr,
     state: AtomicU8,
     /// Set by every received request, cleared by the heartbeat.
@@ -67,6 +66,13 @@ pub struct Path {
     pub(crate) latency_ns: AtomicU64,
     counters: Mutex<Vec<Arc<Counters>>>,
     stats_base: Mutex<PathStats>,
+}
+
+/// Where a client's requests and data land.
+struct Chunks {
+    // Fields are dropped in this order: a region cannot be deregistered while windows are bound to it.
+    windows: Option<Box<[Mutex<Window>]>>,
+    mr: Mr,
 }
 
 /// Counts of one connection. One writer, so plain loads and stores.
@@ -109,31 +115,18 @@ pub(crate) struct Identity {
 }
 
 impl Path {
-    /// Maps and registers the chunks. Control thread only: it takes milliseconds.
+    /// A path without chunks yet ([`Path::make_chunks`]). Control thread only.
     pub(crate) fn new(
         who: Identity,
         options: &Options,
         device: &Arc<dyn Device>,
-        registry: &Registry,
     ) -> Result<Self, MemoryError> {
-        let geometry = options.geometry;
         let info = device.info();
         if options.rotate_rkeys && info.windows != WindowKind::PerDomain {
             return Err(MemoryError::NoWindows(info.name.clone()));
         }
-        let access = Access {
-            local_write: true,
-            remote_write: !options.rotate_rkeys,
-            window_bind: options.rotate_rkeys,
-            ..Access::default()
-        };
-        let chunks = device.clone().register(registry.map(geometry.total_bytes() as usize)?, access)?;
         let local_only = Access { local_write: true, ..Access::default() };
-        let service =
-            device.clone().register(iobuf::Region::new(service_len(geometry.queue_depth()))?, local_only)?;
-        let windows =
-            options.rotate_rkeys.then(|| make_windows(device, geometry.queue_depth())).transpose()?;
-        let keys = if options.rotate_rkeys { Keys::Rotating } else { Keys::Static };
+        let service = iobuf::Region::new(service_len(options.geometry.queue_depth()))?;
         Ok(Self {
             session: who.session,
             uuid: who.uuid,
@@ -142,17 +135,41 @@ impl Path {
             tag: who.tag,
             device: info.name.clone(),
             provider: info.provider,
-            geometry,
-            policy: Policy { keys, reads: options.reads },
-            chunks,
-            service,
-            windows,
+            geometry: options.geometry,
+            policy: options.policy(),
+            chunks: OnceLock::new(),
+            service: device.clone().register(service, local_only)?,
             state: AtomicU8::new(CONNECTING),
             traffic: AtomicBool::new(false),
             latency_ns: AtomicU64::new(0),
             counters: Mutex::default(),
             stats_base: Mutex::default(),
         })
+    }
+
+    /// Maps and registers the chunks, once. Control thread only: it takes milliseconds where the device pins.
+    pub(crate) fn make_chunks(
+        &self,
+        options: &Options,
+        device: &Arc<dyn Device>,
+        registry: &Registry,
+    ) -> Result<(), MemoryError> {
+        let access = Access {
+            local_write: true,
+            remote_write: !options.rotate_rkeys,
+            window_bind: options.rotate_rkeys,
+            ..Access::default()
+        };
+        let region = registry.map(self.geometry.total_bytes() as usize)?;
+        if !device.info().pins {
+            region.populate_by_page();
+        }
+        let mr = device.clone().register(region, access)?;
+        let depth = self.geometry.queue_depth();
+        let windows = options.rotate_rkeys.then(|| make_windows(device, depth)).transpose()?;
+        let made = self.chunks.set(Chunks { windows, mr });
+        debug_assert!(made.is_ok(), "INFO_REQ is accepted once");
+        Ok(())
     }
 
     /// INFO_REQ has been accepted: requests are welcome.
@@ -227,13 +244,13 @@ impl Path {
 
     /// Copies out of chunk `id` at `off`; the client may be writing there, so the copy is what gets checked.
     pub(crate) fn copy_out(&self, id: u16, off: u32, out: &mut [u8]) -> bool {
-        self.chunks.region().copy_out(self.chunk_offset(id) + off as usize, out)
+        self.chunks.get().is_some_and(|c| c.mr.region().copy_out(self.chunk_offset(id) + off as usize, out))
     }
 
     /// Copies `data` to the start of chunk `id`.
     pub(crate) fn copy_in(&self, id: u16, data: &[u8]) -> bool {
         data.len() <= self.geometry.chunk_size() as usize
-            && self.chunks.region().copy_in(self.chunk_offset(id), data)
+            && self.chunks.get().is_some_and(|c| c.mr.region().copy_in(self.chunk_offset(id), data))
     }
 
     /// The first `len` bytes of chunk `id` for a bdev request.
@@ -246,12 +263,12 @@ impl Path {
             return None;
         }
         // SAFETY: alive and unshared by this function's own contract.
-        unsafe { self.chunks.region().segment(self.chunk_offset(id), len as usize) }
+        unsafe { self.chunks.get()?.mr.region().segment(self.chunk_offset(id), len as usize) }
     }
 
     /// The first `len` bytes of chunk `id` as source of an RDMA write.
     pub(crate) fn chunk_sge(&self, id: u16, len: u32) -> Option<Sge> {
-        self.chunks.sge(self.chunk_offset(id), len.min(self.geometry.chunk_size()))
+        self.chunks.get()?.mr.sge(self.chunk_offset(id), len.min(self.geometry.chunk_size()))
     }
 
     /// Where INFO_REQ lands.
@@ -291,15 +308,17 @@ impl Path {
         f: impl FnOnce(&mut Window, &Mr, usize, u32) -> R,
     ) -> Option<R> {
         // One owner per buffer id, so this lock is never contended.
-        let mut window = self.windows.as_ref()?.get(id as usize)?.lock().unwrap_or_else(|e| e.into_inner());
-        Some(f(&mut window, &self.chunks, self.chunk_offset(id), self.geometry.chunk_size()))
+        let Chunks { windows, mr } = self.chunks.get()?;
+        let mut window = windows.as_ref()?.get(id as usize)?.lock().unwrap_or_else(|e| e.into_inner());
+        Some(f(&mut window, mr, self.chunk_offset(id), self.geometry.chunk_size()))
     }
 
-    /// Descriptors for INFO_RSP: one over all chunks, or one per chunk with its window's key.
+    /// Descriptors for INFO_RSP: one over all chunks, or one per chunk with its window's key. None before there are chunks.
     pub(crate) fn descriptors(&self) -> Vec<SgDesc> {
-        let base = self.chunks.region().as_ptr() as u64;
-        let Some(windows) = &self.windows else {
-            return vec![SgDesc::new(base, self.chunks.rkey(), self.geometry.total_bytes())];
+        let Some(Chunks { windows, mr }) = self.chunks.get() else { return Vec::new() };
+        let base = mr.region().as_ptr() as u64;
+        let Some(windows) = windows else {
+            return vec![SgDesc::new(base, mr.rkey(), self.geometry.total_bytes())];
         };
         let key = |w: &Mutex<Window>| w.lock().unwrap_or_else(|e| e.into_inner()).rkey;
         let chunk = self.geometry.chunk_size();

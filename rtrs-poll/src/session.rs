@@ -1,7 +1,7 @@
 //! What the paths of one session share across reactors.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use rtrs_proto::wire::Uuid;
 
@@ -20,6 +20,7 @@ pub struct Session {
     /// The client's uuid (`paths_uuid`).
     pub uuid: Uuid,
     name: OnceLock<String>,
+    opened: AtomicBool,
     /// By buffer id: tag of the owning path, 0 if free.
     owners: Box<[AtomicU32]>,
 }
@@ -27,7 +28,7 @@ pub struct Session {
 impl Session {
     pub(crate) fn new(key: u32, uuid: Uuid, queue_depth: u16) -> Self {
         let owners = (0..queue_depth).map(|_| AtomicU32::new(0)).collect();
-        Self { key, uuid, name: OnceLock::new(), owners }
+        Self { key, uuid, name: OnceLock::new(), opened: AtomicBool::new(false), owners }
     }
 
     /// Session name, as the first path's INFO_REQ gave it; empty before.
@@ -37,6 +38,16 @@ impl Session {
 
     pub(crate) fn set_name(&self, name: &str) {
         let _ = self.name.set(name.into());
+    }
+
+    /// The client has got something that not everybody gets, a device: from now on the server knows it, and keeps places
+    /// for it ([`quota::Known`]).
+    pub fn set_opened(&self) {
+        self.opened.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn has_opened(&self) -> bool {
+        self.opened.load(Ordering::Relaxed)
     }
 
     /// Makes `tag` (not 0) own buffer `id`, which is below the queue depth. `Err`: the present owner.

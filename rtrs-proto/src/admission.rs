@@ -7,25 +7,38 @@
 //! ```text
 //!             admit (first cid)          info_req ok
 //!   (none) ───────────────────▶ Connecting ─────────▶ Up
-//!                                 │  ▲ admit          │
+//!                                 │  ▲ admit, prove   │
 //!                                 │  └─ (more cids)   │ begin_close
-//!      info_req bad, begin_close, │                   ▼
-//!      or expired + begin_close   └──────────────▶ Closing ── path_closed ──▶ (none)
+//!    info_req or prove refused,   │                   ▼
+//!    evicted, expired, begin_close└──────────────▶ Closing ── path_closed ──▶ (none)
 //! ```
 //!
 //! The table keeps no resources. The driver keeps its own by [`PathId`] and [`SessionId`], tears them down between
 //! [`SessionTable::begin_close`] and [`SessionTable::path_closed`], and until the latter a client that comes back
 //! with the same path is refused, so that never two incarnations of it share memory.
 //!
-//! Every list that a client can make grow has a limit in [`Limits`].
+//! Every list that a client can make grow has a limit in [`Limits`], and of each limit a source has a share and known
+//! clients a reserve ([`quota::Limit`]):
+//! - A path is *unproved* until a connection of it is established, which takes an answer to what we sent to its address:
+//!   anybody can send a request in somebody's name. Unproved paths have a small table of their own, in which a new one
+//!   takes the place of the oldest one of the source that has most.
+//! - A path that is proved and not up counts, but gives way to others where a limit is reached.
+//! - A path that is up stays.
 
 use std::fmt;
 use std::net::IpAddr;
 
+use quota::{Known, Over, Source};
+
 use crate::errno::Errno;
 use crate::handshake::{BadConnReq, BadInfoReq, ConnectRequest, parse_info_req};
 use crate::slab::{Key, Slab};
-use crate::wire::{MAX_CID_NUM, MAX_PATHS_NUM, Uuid};
+use crate::wire::{MAX_PATHS_NUM, Uuid};
+
+mod limits;
+mod room;
+
+pub use limits::{Limits, Resource, Usage};
 
 /// Names a path from its first connection to [`SessionTable::path_closed`]. Never means another path later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -58,31 +71,6 @@ impl fmt::Display for PathId {
 impl fmt::Display for SessionId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "session {}.{}", self.0.index, self.0.generation)
-    }
-}
-
-/// Bounds on what clients can make a server keep.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
-    /// Sessions; each has a full set of chunks.
-    pub max_sessions: usize,
-    /// Connections of all sessions; each has a queue pair. Also bounds the paths.
-    pub max_connections: usize,
-    /// Connections per path, at most 4096. A kernel client has one more than it has CPUs.
-    pub max_cid_num: u16,
-    /// A path that is not up must show a new connection or INFO_REQ within this time. Kernel clients take up to 30 s
-    /// per step.
-    pub half_open_ns: u64,
-}
-
-impl Default for Limits {
-    fn default() -> Limits {
-        Limits {
-            max_sessions: 64,
-            max_connections: 4096,
-            max_cid_num: MAX_CID_NUM,
-            half_open_ns: 35_000_000_000,
-        }
     }
 }
 
@@ -124,12 +112,15 @@ pub enum Refusal {
         /// The limit.
         most: u16,
     },
-    /// [`Limits::max_sessions`] reached.
-    #[error("limit of {0} sessions reached")]
-    Sessions(usize),
-    /// [`Limits::max_connections`] reached.
-    #[error("limit of {0} connections reached")]
-    Connections(usize),
+    /// The path's first connection came from another address.
+    #[error("the path began from {0}")]
+    OtherAddress(IpAddr),
+    /// A limit, or the source's share of it, is reached.
+    #[error("{}", .1.explain(*.2, .0))]
+    Limit(Resource, Over, quota::Limit),
+    /// Every place for unproved connections is taken by clients that come first.
+    #[error("limit of {0} connections that nobody has confirmed reached")]
+    Unproved(usize),
 }
 
 impl Refusal {
@@ -138,11 +129,12 @@ impl Refusal {
         match self {
             Refusal::NoSession => Errno::ENXIO,
             Refusal::Addresses(_) => Errno::EEXIST,
-            Refusal::TooManyCids { .. } | Refusal::Sessions(_) | Refusal::Connections(_) => Errno::ENOMEM,
+            Refusal::TooManyCids { .. } | Refusal::Limit(..) | Refusal::Unproved(_) => Errno::ENOMEM,
             Refusal::Malformed(_)
             | Refusal::NotConnecting(..)
             | Refusal::CidNum { .. }
             | Refusal::CidTaken(_)
+            | Refusal::OtherAddress(_)
             | Refusal::Paths => Errno::ECONNRESET,
         }
     }
@@ -170,7 +162,7 @@ impl fmt::Display for PathState {
 }
 
 /// A connection that belongs to the table now. If the driver cannot set it up, it closes the whole path.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Admitted {
     /// Its session.
     pub session: SessionId,
@@ -180,10 +172,12 @@ pub struct Admitted {
     pub cid: u16,
     /// Connections the path will have.
     pub cid_num: u16,
-    /// The session began with it: make chunks.
+    /// The session began with it.
     pub new_session: bool,
-    /// The path began with it: make memory regions.
+    /// The path began with it.
     pub new_path: bool,
+    /// Paths that had to make room: in [`PathState::Closing`] already, and the driver tears them down.
+    pub evicted: Vec<PathId>,
 }
 
 /// A path is up.
@@ -218,6 +212,12 @@ pub enum CloseReason {
         /// Connections announced.
         cid_num: u16,
     },
+    /// It cannot be let in.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// There is no memory for its chunks: a limit, or the source's share.
+    #[error("{}", .0.explain(*.1, Resource::Memory))]
+    Memory(Over, quota::Limit),
     /// Another client has the name. After a crash of a client this lasts until heartbeats find its old session dead.
     #[error("session name {0:?} is in use by another client")]
     NameTaken(Box<str>),
@@ -238,7 +238,7 @@ pub struct PathClosed {
 
 /// One path, for listings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PathView<'a, A> {
+pub struct PathView<'a> {
     /// Its id.
     pub id: PathId,
     /// Its session's id.
@@ -248,9 +248,9 @@ pub struct PathView<'a, A> {
     /// `sess_uuid` on the wire.
     pub uuid: Uuid,
     /// The client's address.
-    pub src: A,
+    pub src: IpAddr,
     /// Our address.
-    pub dst: A,
+    pub dst: IpAddr,
     /// Connections announced.
     pub cid_num: u16,
     /// Connections present.
@@ -278,6 +278,8 @@ pub struct SessionView<'a> {
 
 #[derive(Debug)]
 struct Session {
+    /// Who began it: it counts towards this one's share.
+    source: Source,
     uuid: Uuid,
     name: Option<Box<str>>,
     paths: Vec<PathId>,
@@ -285,13 +287,19 @@ struct Session {
 }
 
 #[derive(Debug)]
-struct Path<A> {
+struct Path {
     session: SessionId,
     uuid: Uuid,
-    src: A,
-    dst: A,
+    src: IpAddr,
+    dst: IpAddr,
     recon_cnt: u16,
     state: PathState,
+    /// Its address has answered.
+    proved: bool,
+    /// It has to make room: what it had counts no more.
+    evicted: bool,
+    /// Strangers do not push it out.
+    known: bool,
     was_up: bool,
     name: Option<Box<str>>,
     cids: Cids,
@@ -321,24 +329,32 @@ impl Cids {
     }
 }
 
-/// All sessions of a server. `A` is an address without port; paths are told apart by pairs of them.
+/// Sources that are remembered because a client there has opened a device.
+const MAX_KNOWN: usize = 1024;
+
+/// All sessions of a server. Paths are told apart by their pairs of addresses, which have no port.
 ///
-/// For the control thread: look-ups are linear in the number of sessions or of a session's paths.
+/// For the control thread: look-ups are linear in the number of sessions or paths.
 #[derive(Debug)]
-pub struct SessionTable<A = IpAddr> {
+pub struct SessionTable {
     limits: Limits,
     sessions: Slab<Session>,
-    paths: Slab<Path<A>>,
-    connections: usize,
+    paths: Slab<Path>,
+    known: Known,
 }
 
-impl<A: Copy + Eq> SessionTable<A> {
+impl SessionTable {
     /// An empty table.
-    pub const fn new(limits: Limits) -> SessionTable<A> {
-        SessionTable { limits, sessions: Slab::new(), paths: Slab::new(), connections: 0 }
+    pub fn new(limits: Limits) -> SessionTable {
+        SessionTable { limits, sessions: Slab::new(), paths: Slab::new(), known: Known::new(MAX_KNOWN) }
     }
 
-    /// Decides about a connection from `src` (client) to `dst` (us).
+    /// A client at `src` has done something useful: the reserve is for it, too, from now on.
+    pub fn remember(&mut self, src: IpAddr) {
+        self.known.remember(Source::of(src));
+    }
+
+    /// Decides about a connection from `src` (client) to `dst` (us). `named`: the operator expects clients at `src`.
     ///
     /// # Errors
     /// [`Refusal`], which changes nothing.
@@ -346,8 +362,9 @@ impl<A: Copy + Eq> SessionTable<A> {
         &mut self,
         now_ns: u64,
         request: &ConnectRequest,
-        src: A,
-        dst: A,
+        src: IpAddr,
+        dst: IpAddr,
+        named: bool,
     ) -> Result<Admitted, Refusal> {
         let session = self.find_session(request.session_uuid);
         if session.is_none() && !request.first_conn {
@@ -355,23 +372,31 @@ impl<A: Copy + Eq> SessionTable<A> {
         }
         let path = session.and_then(|s| self.find_path(s, request.path_uuid));
         match (session, path) {
-            (_, Some(path)) => self.check_known_path(path, request)?,
+            (_, Some(path)) => self.check_known_path(path, request, src)?,
             (Some(session), None) => self.check_new_path(session, src, dst)?,
-            (None, None) => self.check_new_session()?,
+            (None, None) => {}
         }
         self.check_connection(request)?;
+        let known = named || self.known.contains(Source::of(src));
+        let evicted = self.room_for_request(session, path, src, known)?;
 
         let (new_session, new_path) = (session.is_none(), path.is_none());
-        let session = session.unwrap_or_else(|| self.add_session(request.session_uuid));
-        let path = path.unwrap_or_else(|| self.add_path(session, request, src, dst));
-        self.add_connection(now_ns, path, request.cid);
-        Ok(Admitted { session, path, cid: request.cid, cid_num: request.cid_num, new_session, new_path })
+        let session = session.unwrap_or_else(|| self.add_session(request.session_uuid, src));
+        let path = path.unwrap_or_else(|| self.add_path(now_ns, session, request, (src, dst), known));
+        if let Some(path) = self.paths.get_mut(path.0) {
+            path.cids.insert(request.cid);
+        }
+        let (cid, cid_num) = (request.cid, request.cid_num);
+        Ok(Admitted { session, path, cid, cid_num, new_session, new_path, evicted })
     }
 
-    fn check_known_path(&self, id: PathId, request: &ConnectRequest) -> Result<(), Refusal> {
+    fn check_known_path(&self, id: PathId, request: &ConnectRequest, src: IpAddr) -> Result<(), Refusal> {
         let Some(path) = self.paths.get(id.0) else { return Ok(()) };
         if path.state != PathState::Connecting {
             return Err(Refusal::NotConnecting(id, path.state));
+        }
+        if path.src != src {
+            return Err(Refusal::OtherAddress(path.src));
         }
         if path.cids.cid_num != request.cid_num {
             return Err(Refusal::CidNum { got: request.cid_num, had: path.cids.cid_num });
@@ -382,23 +407,16 @@ impl<A: Copy + Eq> SessionTable<A> {
         Ok(())
     }
 
-    fn check_new_path(&self, session: SessionId, src: A, dst: A) -> Result<(), Refusal> {
+    fn check_new_path(&self, session: SessionId, src: IpAddr, dst: IpAddr) -> Result<(), Refusal> {
         let Some(session) = self.sessions.get(session.0) else { return Ok(()) };
-        if session.paths.len() >= MAX_PATHS_NUM {
+        let paths = || session.paths.iter().filter_map(|id| Some((*id, self.paths.get(id.0)?)));
+        if paths().filter(|(_, p)| p.proved).count() >= MAX_PATHS_NUM {
             return Err(Refusal::Paths);
         }
-        let same = |id: &&PathId| self.paths.get(id.0).is_some_and(|p| p.src == src && p.dst == dst);
-        match session.paths.iter().find(same) {
-            Some(&other) => Err(Refusal::Addresses(other)),
+        match paths().find(|(_, p)| (p.src, p.dst) == (src, dst)) {
+            Some((other, _)) => Err(Refusal::Addresses(other)),
             None => Ok(()),
         }
-    }
-
-    fn check_new_session(&self) -> Result<(), Refusal> {
-        if self.sessions.len() >= self.limits.max_sessions {
-            return Err(Refusal::Sessions(self.limits.max_sessions));
-        }
-        Ok(())
     }
 
     fn check_connection(&self, request: &ConnectRequest) -> Result<(), Refusal> {
@@ -409,17 +427,22 @@ impl<A: Copy + Eq> SessionTable<A> {
         if request.cid_num > self.limits.max_cid_num {
             return Err(Refusal::TooManyCids { got: request.cid_num, most: self.limits.max_cid_num });
         }
-        if self.connections >= self.limits.max_connections {
-            return Err(Refusal::Connections(self.limits.max_connections));
-        }
         Ok(())
     }
 
-    fn add_session(&mut self, uuid: Uuid) -> SessionId {
-        SessionId(self.sessions.insert(Session { uuid, name: None, paths: Vec::new(), paths_up: 0 }))
+    fn add_session(&mut self, uuid: Uuid, src: IpAddr) -> SessionId {
+        let source = Source::of(src);
+        SessionId(self.sessions.insert(Session { source, uuid, name: None, paths: Vec::new(), paths_up: 0 }))
     }
 
-    fn add_path(&mut self, session: SessionId, request: &ConnectRequest, src: A, dst: A) -> PathId {
+    fn add_path(
+        &mut self,
+        now_ns: u64,
+        session: SessionId,
+        request: &ConnectRequest,
+        (src, dst): (IpAddr, IpAddr),
+        known: bool,
+    ) -> PathId {
         let id = PathId(self.paths.insert(Path {
             session,
             uuid: request.path_uuid,
@@ -427,23 +450,18 @@ impl<A: Copy + Eq> SessionTable<A> {
             dst,
             recon_cnt: request.recon_cnt,
             state: PathState::Connecting,
+            proved: false,
+            evicted: false,
+            known,
             was_up: false,
             name: None,
             cids: Cids::new(request.cid_num),
-            deadline_ns: 0,
+            deadline_ns: now_ns.saturating_add(self.limits.half_open_ns),
         }));
         if let Some(session) = self.sessions.get_mut(session.0) {
             session.paths.push(id);
         }
         id
-    }
-
-    fn add_connection(&mut self, now_ns: u64, id: PathId, cid: u16) {
-        if let Some(path) = self.paths.get_mut(id.0) {
-            path.cids.insert(cid);
-            path.deadline_ns = now_ns.saturating_add(self.limits.half_open_ns);
-            self.connections += 1;
-        }
     }
 
     /// Takes the INFO_REQ of a path. After `Ok`, answer with [`crate::handshake::info_rsp`] and start heartbeats.
@@ -469,10 +487,11 @@ impl<A: Copy + Eq> SessionTable<A> {
             return Err(CloseReason::Incomplete { have: path.cids.present, cid_num: path.cids.cid_num });
         }
         let name = parse_info_req(bytes)?;
-        let foreign = |p: &Path<A>| p.session != path.session && p.name.as_deref() == Some(name);
+        let foreign = |p: &Path| p.session != path.session && p.name.as_deref() == Some(name);
         if self.paths.iter().any(|(_, p)| foreign(p)) {
             return Err(CloseReason::NameTaken(name.into()));
         }
+        self.room_for_chunks(id)?;
         Ok(name)
     }
 
@@ -480,6 +499,7 @@ impl<A: Copy + Eq> SessionTable<A> {
         let path = self.paths.get_mut(id.0)?;
         let session = self.sessions.get_mut(path.session.0)?;
         path.state = PathState::Up;
+        path.proved = true;
         path.was_up = true;
         path.name = Some(name.into());
         let first_of_session = session.paths_up == 0;
@@ -506,7 +526,6 @@ impl<A: Copy + Eq> SessionTable<A> {
     /// `None` if the id is stale. (A path that was not closing is forgotten all the same.)
     pub fn path_closed(&mut self, id: PathId) -> Option<PathClosed> {
         let path = self.paths.remove(id.0)?;
-        self.connections -= usize::from(path.cids.present);
         let session = self.sessions.get_mut(path.session.0)?;
         session.paths.retain(|&p| p != id);
         session.paths_up -= usize::from(path.was_up);
@@ -543,9 +562,9 @@ impl<A: Copy + Eq> SessionTable<A> {
         session.paths.iter().copied().find(has_uuid)
     }
 
-    /// Connections of all paths, including those being torn down.
-    pub const fn connections(&self) -> usize {
-        self.connections
+    /// Connections of all paths, including unproved ones and those being torn down.
+    pub fn connections(&self) -> usize {
+        self.paths.iter().map(|(_, p)| usize::from(p.cids.present)).sum()
     }
 
     /// All sessions.
@@ -559,12 +578,12 @@ impl<A: Copy + Eq> SessionTable<A> {
     }
 
     /// All paths.
-    pub fn paths(&self) -> impl Iterator<Item = PathView<'_, A>> {
+    pub fn paths(&self) -> impl Iterator<Item = PathView<'_>> {
         self.paths.iter().map(|(key, p)| p.view(PathId(key)))
     }
 
     /// One path; `None` if the id is stale.
-    pub fn path(&self, id: PathId) -> Option<PathView<'_, A>> {
+    pub fn path(&self, id: PathId) -> Option<PathView<'_>> {
         self.paths.get(id.0).map(|p| p.view(id))
     }
 }
@@ -581,8 +600,8 @@ impl Session {
     }
 }
 
-impl<A: Copy> Path<A> {
-    fn view(&self, id: PathId) -> PathView<'_, A> {
+impl Path {
+    fn view(&self, id: PathId) -> PathView<'_> {
         PathView {
             id,
             session: self.session,

@@ -1,9 +1,10 @@
 //! Properties over random input: nothing panics, encoding and decoding are inverse, the tables stay bounded.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 
 use proptest::prelude::*;
-use rtrs_proto::admission::{Limits, PathId, PathState, SessionTable};
+use rtrs_proto::admission::{Limits, PathId, PathState, PathView, SessionTable};
 use rtrs_proto::client::{self, ClientImm, Rbufs, ServerParams};
 use rtrs_proto::handshake::{self, ConnectRequest};
 use rtrs_proto::imm::{ServerImm, decode_at_server, io_rsp};
@@ -180,6 +181,8 @@ proptest! {
 #[derive(Clone, Debug)]
 enum Op {
     Admit { session: u8, path: u8, cid: u16, cid_num: u16, first: bool, src: u8 },
+    Prove { path: usize },
+    Remember { src: u8 },
     Info { path: usize, name: u8 },
     Close { path: usize },
     Closed { path: usize },
@@ -191,6 +194,8 @@ fn op() -> impl Strategy<Value = Op> {
         8 => (0..4u8, 0..4u8, 0..4u16, 1..4u16, any::<bool>(), 0..3u8).prop_map(
             |(session, path, cid, cid_num, first, src)| Op::Admit { session, path, cid, cid_num, first, src }
         ),
+        4 => (0..12usize).prop_map(|path| Op::Prove { path }),
+        1 => (0..3u8).prop_map(|src| Op::Remember { src }),
         3 => (0..12usize, 0..3u8).prop_map(|(path, name)| Op::Info { path, name }),
         1 => (0..12usize).prop_map(|path| Op::Close { path }),
         2 => (0..12usize).prop_map(|path| Op::Closed { path }),
@@ -198,13 +203,29 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-const LIMITS: Limits = Limits { max_sessions: 3, max_connections: 7, max_cid_num: 3, half_open_ns: 50 };
+const LIMITS: Limits = Limits {
+    max_sessions: 3,
+    max_paths: 5,
+    max_connections: 7,
+    max_memory: 500,
+    path_bytes: 100,
+    connection_bytes: 10,
+    share_percent: 70,
+    max_unproved: 4,
+    max_cid_num: 3,
+    half_open_ns: 50,
+};
+
+/// The table's client at address `n`.
+fn ip(n: u8) -> IpAddr {
+    [10, 0, 0, n].into()
+}
 
 /// What a driver would keep: how many connections it was given per path.
 type Model = HashMap<PathId, u16>;
 
-fn step(t: &mut SessionTable<u8>, model: &mut Model, now: &mut u64, op: &Op) -> Result<(), TestCaseError> {
-    let nth = |t: &SessionTable<u8>, n: usize| t.paths().nth(n).map(|p| p.id);
+fn step(t: &mut SessionTable, model: &mut Model, now: &mut u64, op: &Op) -> Result<(), TestCaseError> {
+    let nth = |t: &SessionTable, n: usize| t.paths().nth(n).map(|p| p.id);
     match *op {
         Op::Admit { session, path, cid, cid_num, first, src } => {
             let request = ConnectRequest {
@@ -215,11 +236,22 @@ fn step(t: &mut SessionTable<u8>, model: &mut Model, now: &mut u64, op: &Op) -> 
                 session_uuid: Uuid([session; 16]),
                 first_conn: first,
             };
-            if let Ok(admitted) = t.admit(*now, &request, src, 0) {
+            if let Ok(admitted) = t.admit(*now, &request, ip(src), ip(0), false) {
                 prop_assert_eq!(admitted.new_path, !model.contains_key(&admitted.path));
+                prop_assert!(!admitted.evicted.contains(&admitted.path));
                 *model.entry(admitted.path).or_insert(0) += 1;
+                all_closing(t, &admitted.evicted)?;
             }
         }
+        Op::Prove { path } => {
+            let Some(id) = nth(t, path) else { return Ok(()) };
+            let was = t.path(id).unwrap().state;
+            if let Ok(evicted) = t.prove(id) {
+                all_closing(t, &evicted)?;
+            }
+            prop_assert_eq!(t.path(id).unwrap().state, was, "the driver closes it");
+        }
+        Op::Remember { src } => t.remember(ip(src)),
         Op::Info { path, name } => {
             let Some(id) = nth(t, path) else { return Ok(()) };
             let mut bytes = [0; 272];
@@ -251,9 +283,20 @@ fn step(t: &mut SessionTable<u8>, model: &mut Model, now: &mut u64, op: &Op) -> 
     Ok(())
 }
 
-fn invariants(t: &SessionTable<u8>, model: &Model) -> Result<(), TestCaseError> {
-    prop_assert!(t.sessions().count() <= LIMITS.max_sessions);
-    prop_assert!(t.connections() <= LIMITS.max_connections);
+/// Paths that had to make room are left to the driver.
+fn all_closing(t: &SessionTable, evicted: &[PathId]) -> Result<(), TestCaseError> {
+    for id in evicted {
+        prop_assert_eq!(t.path(*id).unwrap().state, PathState::Closing);
+    }
+    Ok(())
+}
+
+fn invariants(t: &SessionTable, model: &Model) -> Result<(), TestCaseError> {
+    for (what, used, limit) in t.in_use() {
+        prop_assert!(used <= limit.total(), "{} {} of {}", used, what, limit.total());
+    }
+    let up = |p: &PathView<'_>| p.state == PathState::Up;
+    prop_assert!(t.paths().filter(up).count() <= LIMITS.max_paths);
     prop_assert_eq!(t.connections(), model.values().map(|&n| usize::from(n)).sum::<usize>());
     prop_assert_eq!(t.paths().count(), model.len());
     for s in t.sessions() {

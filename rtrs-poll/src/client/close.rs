@@ -15,6 +15,7 @@ use super::path::PathId;
 use super::session::{Limits, Session, SessionId};
 use super::silence::Silence;
 use super::upper::Upper;
+use crate::cqs::Share;
 
 /// How long requests of a path that is to be disconnected may take to be answered.
 const RETIRE_TIME: Duration = Duration::from_secs(2);
@@ -255,6 +256,12 @@ impl<U: Upper> Client<U> {
         self.finish_path(now, id);
     }
 
+    fn release(&mut self, lane: usize, share: Share) {
+        if let Some(cq) = self.lanes[lane].cqs.release(share) {
+            Lane::<U>::send(&self.lanes[lane].handle, move |cx, l| l.cqs.drop_cq(cx, cq));
+        }
+    }
+
     /// Gives up what is left of an attempt once all lanes have let go, and decides what follows.
     fn finish_path(&mut self, now: Instant, id: PathId) {
         let Some(path) = self.path(id).filter(|p| p.phase == PathPhase::Closing) else { return };
@@ -264,7 +271,7 @@ impl<U: Upper> Client<U> {
         let Some(attempt) = path.attempt.take() else { return };
         for con in &attempt.cons {
             if let Some((lane, share)) = con.share {
-                self.lanes[lane].release(share);
+                self.release(lane, share);
             }
             // One whose end the peer has confirmed is not in `conns` any more.
             if self.conns.remove(&con.id).is_some() && con.established {

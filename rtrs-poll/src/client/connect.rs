@@ -128,12 +128,12 @@ impl<U: Upper> Client<U> {
             max_recv_sge: 1,
         };
         let lane = options.used_reactors()[options.reactor_of(conn.cid)];
-        let (share, cq, new) = self.lanes[lane].reserve(&device, caps.max_send_wr + caps.max_recv_wr)?;
-        con.share = Some((lane, share));
-        if let Some(new) = new {
-            Lane::<U>::send(&self.lanes[lane].handle, move |cx, l| l.add_cq(cx, new));
+        let cq = self.lanes[lane].cqs.reserve(&device, caps.max_send_wr + caps.max_recv_wr)?;
+        con.share = Some((lane, cq.share));
+        if let Some(new) = cq.new {
+            Lane::<U>::send(&self.lanes[lane].handle, move |cx, l| l.cqs.add(cx, new));
         }
-        con.qp = Some(cm.create_qp(con.id, &caps, &cq).map_err(|e| e.to_string())?);
+        con.qp = Some(cm.create_qp(con.id, &caps, &cq.handle).map_err(|e| e.to_string())?);
         con.sizes = Some(sizes);
         let request = ConnectRequest {
             cid: conn.cid,

@@ -10,7 +10,6 @@ use iobuf::Registry;
 use reactor::{Handle, Polled, Poller, Turn};
 use verbs::{Cm, CmEvent, CmId};
 
-use super::cqs::LanePort;
 use super::entry::{PathEntry, PathPhase, SessionEntry};
 use super::error::{PathError, SessionEnd};
 use super::event::Event;
@@ -20,6 +19,22 @@ use super::path::PathId;
 use super::session::SessionId;
 use super::silence::Change;
 use super::upper::Upper;
+use crate::cqs::Cqs;
+
+/// Entries of a completion queue; another one is made when its queue pairs could need more.
+const CQ_ENTRIES: u32 = 8192;
+
+/// One reactor, as the control thread sees it.
+pub(super) struct LanePort {
+    pub handle: Handle,
+    pub cqs: Cqs,
+}
+
+impl LanePort {
+    fn new(handle: Handle) -> Self {
+        Self { handle, cqs: Cqs::new(CQ_ENTRIES) }
+    }
+}
 
 type Handler = Rc<dyn Fn(&mut Turn<'_>, Event)>;
 type Done = Box<dyn FnOnce(&mut Turn<'_>)>;

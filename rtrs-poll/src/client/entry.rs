@@ -7,7 +7,6 @@ use rtrs_proto::client::{Rbufs, ServerParams};
 use rtrs_proto::wire::Uuid;
 use verbs::{CmId, Device, Qp};
 
-use super::cqs::Share;
 use super::error::{PathError, SessionEnd};
 use super::info::{PathInfo, PathState, SessionInfo};
 use super::lane::ConSizes;
@@ -15,6 +14,7 @@ use super::options::{PathSpec, SessionOptions};
 use super::path::{Path, PathId};
 use super::session::{Session, SessionId};
 use super::silence::Silence;
+use crate::cqs::Share;
 
 /// A random uuid.
 pub(super) fn random_uuid() -> Uuid {

@@ -51,7 +51,6 @@
 mod close;
 mod connect;
 mod control;
-mod cqs;
 mod entry;
 mod error;
 mod event;

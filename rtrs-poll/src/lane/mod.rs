@@ -20,8 +20,9 @@ use rtrs_proto::heartbeat::{self, Heartbeat};
 use rtrs_proto::imm::{self, ServerImm, decode_at_server};
 use rtrs_proto::request::{Action, HDR_COPY_LEN, Problem, Refused, Request};
 use rtrs_proto::response::Keys;
-use verbs::{Cq, Qp, SendOp, SgeList, Wc, WcOp, WcStatus};
+use verbs::{Qp, SendOp, SgeList, Wc, WcOp, WcStatus};
 
+use crate::cqs::{LaneCqs, NewCq};
 use crate::path::Path;
 use crate::upper::{Incoming, MAX_USR_LEN, Upper};
 use con::{Broken, Con};
@@ -62,8 +63,7 @@ struct Held {
 pub struct Lane<U> {
     upper: U,
     io: Io,
-    /// Each with the flag that tells the control thread of its failure.
-    cqs: Vec<(Box<dyn Cq>, Arc<AtomicBool>)>,
+    pub(crate) cqs: LaneCqs,
     held: Vec<Held>,
     wcs: Box<[Wc; POLL_BATCH]>,
     usr: Box<[u8; MAX_USR_LEN]>,
@@ -99,7 +99,7 @@ impl<U: Upper> Lane<U> {
         let lane = Rc::new(RefCell::new(Self {
             upper,
             io,
-            cqs: Vec::new(),
+            cqs: LaneCqs::default(),
             held: Vec::new(),
             wcs: Box::new([Wc::default(); POLL_BATCH]),
             usr: Box::new([0; MAX_USR_LEN]),
@@ -125,21 +125,9 @@ impl<U: Upper> Lane<U> {
         });
     }
 
-    /// Takes over a completion queue.
-    pub(crate) fn add_cq(&mut self, cx: &mut Turn<'_>, cq: Box<dyn Cq>, lost: Arc<AtomicBool>) {
-        if let Err(error) = cx.watch(cq.wait_fd()) {
-            tracing::error!(%error, "cannot watch a completion channel");
-            return lost.store(true, Ordering::Release);
-        }
-        self.cqs.push((cq, lost));
-    }
-
     /// A completion queue failed: its connections are lost, those on others are not.
     fn cq_failed(&mut self, cx: &mut Turn<'_>, i: usize, why: &str) {
-        let (cq, lost) = self.cqs.remove(i);
-        tracing::error!(why, "completion queue lost");
-        lost.store(true, Ordering::Release);
-        cx.unwatch(cq.wait_fd());
+        let NewCq { lost, .. } = self.cqs.fail(cx, i, why);
         self.io.broken_on(&lost, why);
     }
 
@@ -170,7 +158,7 @@ impl<U: Upper> Lane<U> {
         let mut busy = false;
         let mut i = 0;
         while i < self.cqs.len() {
-            match self.cqs[i].0.poll(&mut self.wcs[..]) {
+            match self.cqs.get(i).poll(&mut self.wcs[..]) {
                 Ok(0) => {}
                 Ok(n) => {
                     busy = true;
@@ -196,7 +184,7 @@ impl<U: Upper> Lane<U> {
 
     fn before_sleep(&mut self, cx: &mut Turn<'_>) -> Polled {
         for i in (0..self.cqs.len()).rev() {
-            if let Err(e) = self.cqs[i].0.arm() {
+            if let Err(e) = self.cqs.get(i).arm() {
                 self.cq_failed(cx, i, &e.to_string());
             }
         }

@@ -63,6 +63,9 @@ impl<U: Upper> Server<U> {
         let Some(entry) = self.paths.remove(&tag) else { return };
         self.tags.remove(&entry.id);
         self.release_cons(&entry);
+        if entry.path.session.has_opened() {
+            self.table.remember(entry.path.peer.ip());
+        }
         if let Some(closed) = self.table.path_closed(entry.id) {
             if closed.last_up {
                 let events = self.events.clone();
@@ -92,9 +95,8 @@ impl<U: Upper> Server<U> {
                 }
             }
             self.cms[con.cm].destroy(con.id);
-            let lane = &mut self.lanes[con.lane];
-            lane.connections -= 1;
-            lane.cqs[con.cq].used -= con.entries;
+            self.lanes[con.lane].connections -= 1;
+            self.release_cq(con.lane, con.cq);
         }
     }
 

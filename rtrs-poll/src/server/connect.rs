@@ -2,23 +2,27 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use reactor::Turn;
-use rtrs_proto::admission::{Admitted, CloseReason, Refusal};
+use rtrs_proto::admission::{Admitted, CloseReason, PathId, PathUp, Refusal};
 use rtrs_proto::errno::Errno;
 use rtrs_proto::handshake::{self, ConnectRequest};
-use verbs::{CmId, ConnParams, CqHandle, Device, Qp, QpCaps};
+use rtrs_proto::limits::Geometry;
+use rtrs_proto::response::{Keys, Policy, ReadStyle};
+use verbs::{CmId, ConnParams, Device, Qp, QpCaps};
 use zerocopy::IntoBytes;
 
-use super::{ConEntry, ConnRef, CqPort, PathEntry, Server, ServerCell};
+use super::{ConEntry, ConnRef, PathEntry, Server, ServerCell};
+use crate::cqs::Share;
 use crate::lane::{ConKey, Lane};
+use crate::options::Options;
 use crate::path::{Identity, Path};
 use crate::session::Session;
 use crate::upper::Upper;
 
-/// Entries of a completion queue; another one is made when its queue pairs could need more.
-const CQ_ENTRIES: u32 = 32768;
+/// Memory of one work request: here, in the provider, and in its device. Measured with soft-roce.
+const BYTES_PER_REQUEST: u64 = 192;
 /// Receives beyond the queue depth, for heartbeats and their answers.
 const SPARE_RECEIVES: u32 = 16;
 
@@ -38,6 +42,7 @@ impl<U: Upper> Server<U> {
             Ok(a) => a,
             Err((errno, why)) => return self.refuse(cx, cm, id, peer, errno, &why),
         };
+        self.make_room(cx, &admitted.evicted);
         let result = self
             .path_of(cx, cm, id, private, &admitted, local, peer)
             .and_then(|tag| self.create_con(cx, cm, id, ack_delay, tag, admitted.cid));
@@ -62,14 +67,32 @@ impl<U: Upper> Server<U> {
         }
         let refusal = |r: Refusal| (r.errno(), r.to_string());
         let request = ConnectRequest::parse(private).map_err(|e| refusal(Refusal::Malformed(e)))?;
-        let known = self.table.paths().any(|p| {
-            p.uuid == request.path_uuid
-                && self.table.session(p.session).is_some_and(|s| s.uuid == request.session_uuid)
-        });
-        if !known && self.paths.len() >= self.options.max_paths as usize {
-            return Err((Errno::ENOMEM, format!("limit of {} paths reached", self.options.max_paths)));
+        // Whoever has a device open is a client, whatever comes.
+        for entry in self.paths.values().filter(|e| e.path.session.has_opened()) {
+            self.table.remember(entry.path.peer.ip());
         }
-        self.table.admit(self.now_ns(cx.now), &request, peer, local).map_err(refusal)
+        let expected = self.events.borrow().expects(peer);
+        self.table.admit(self.now_ns(cx.now), &request, peer, local, expected).map_err(refusal)
+    }
+
+    /// Closes paths that the session table has picked for it.
+    fn make_room(&mut self, cx: &mut Turn<'_>, evicted: &[PathId]) {
+        for id in evicted {
+            if let Some(tag) = self.tags.get(id).copied() {
+                self.close_path(cx, tag, "it was not up yet, and another client needs its place");
+            }
+        }
+    }
+
+    /// The client of a connection has answered what was sent to its address.
+    pub(super) fn established(&mut self, cx: &mut Turn<'_>, id: CmId) {
+        let Some(tag) = self.conns.get(&id).map(|conn| conn.tag) else { return };
+        if let Some(entry) = self.paths.get(&tag).filter(|entry| !entry.closing) {
+            match self.table.prove(entry.id) {
+                Ok(evicted) => self.make_room(cx, &evicted),
+                Err(refusal) => self.close_path(cx, tag, &refusal.to_string()),
+            }
+        }
     }
 
     fn refuse(&mut self, cx: &Turn<'_>, cm: usize, id: CmId, peer: SocketAddr, errno: Errno, why: &str) {
@@ -113,7 +136,7 @@ impl<U: Upper> Server<U> {
         });
         let tag = self.next_tag;
         let who = Identity { session: session.clone(), uuid: request.path_uuid, tag, peer, local };
-        let path = Path::new(who, &self.options, &device, &self.registry).map_err(|e| e.to_string())?;
+        let path = Path::new(who, &self.options, &device).map_err(|e| e.to_string())?;
         // 0 means "free" in the session's owner table; 2^32 paths later old tags are long gone.
         self.next_tag = self.next_tag.checked_add(1).unwrap_or(1);
         let cons = (0..admitted.cid_num).map(|_| None).collect();
@@ -124,6 +147,7 @@ impl<U: Upper> Server<U> {
                 id: admitted.path,
                 session_id: admitted.session,
                 path: Arc::new(path),
+                device,
                 cons,
                 closing: false,
                 since: cx.now,
@@ -152,10 +176,17 @@ impl<U: Upper> Server<U> {
             return Err(format!("rotate_rkeys cannot serve queue_depth {depth} on this device: lower it"));
         }
         let lane = self.least_loaded().ok_or("no reactor")?;
-        let entries = caps.max_send_wr + caps.max_recv_wr;
-        let (cq, handle) = self.completion_queue(lane, &device, entries)?;
-        let qp = self.cms[cm].create_qp(id, &caps, &handle).map_err(|e| e.to_string())?;
-        self.lanes[lane].cqs[cq].used += entries;
+        let cq = self.lanes[lane].cqs.reserve(&device, caps.max_send_wr + caps.max_recv_wr)?;
+        if let Some(new) = cq.new {
+            Lane::<U>::send(&self.lanes[lane].handle, move |cx, lane| lane.cqs.add(cx, new));
+        }
+        let qp = match self.cms[cm].create_qp(id, &caps, &cq.handle) {
+            Ok(qp) => qp,
+            Err(e) => {
+                self.release_cq(lane, cq.share);
+                return Err(e.to_string());
+            }
+        };
         self.lanes[lane].connections += 1;
         self.conns.insert(id, ConnRef { tag, cid });
         let con = ConEntry {
@@ -163,8 +194,7 @@ impl<U: Upper> Server<U> {
             id,
             ack_delay,
             lane,
-            cq,
-            entries,
+            cq: cq.share,
             key: None,
             accepted: false,
             closing: false,
@@ -174,7 +204,7 @@ impl<U: Upper> Server<U> {
         if let Some(slot) = self.paths.get_mut(&tag).and_then(|p| p.cons.get_mut(cid as usize)) {
             *slot = Some(con);
         }
-        self.hand_over(cx, lane, path, cid, qp, caps, cq);
+        self.hand_over(cx, lane, path, cid, qp, caps, cq.lost);
         Ok(())
     }
 
@@ -187,9 +217,8 @@ impl<U: Upper> Server<U> {
         cid: u16,
         qp: Box<dyn Qp>,
         caps: QpCaps,
-        cq: usize,
+        cq_lost: Arc<AtomicBool>,
     ) {
-        let cq_lost = self.lanes[lane].cqs[cq].lost.clone();
         let control = cx.handle().clone();
         let receives = u32::from(path.geometry.queue_depth()) + SPARE_RECEIVES;
         let tag = path.tag;
@@ -207,40 +236,12 @@ impl<U: Upper> Server<U> {
         (0..self.lanes.len()).min_by_key(|&i| self.lanes[i].connections)
     }
 
-    /// A completion queue of `device` on `lane` with room for `entries` more.
-    fn completion_queue(
-        &mut self,
-        lane: usize,
-        device: &Arc<dyn Device>,
-        entries: u32,
-    ) -> Result<(usize, CqHandle), String> {
-        let port = &mut self.lanes[lane];
-        let room = |c: &CqPort| {
-            !c.lost.load(Ordering::Acquire) && Arc::ptr_eq(&c.device, device) && c.entries - c.used >= entries
-        };
-        if let Some(i) = port.cqs.iter().position(room) {
-            return Ok((i, port.cqs[i].handle.clone()));
+    /// Gives entries of a completion queue back, and the queue with the last of them.
+    pub(super) fn release_cq(&mut self, lane: usize, share: Share) {
+        let lane = &mut self.lanes[lane];
+        if let Some(cq) = lane.cqs.release(share) {
+            Lane::<U>::send(&lane.handle, move |cx, lane| lane.cqs.drop_cq(cx, cq));
         }
-        let wanted = CQ_ENTRIES.max(entries).min(device.info().max_cqe);
-        let cq = device.clone().create_cq(wanted).map_err(|e| e.to_string())?;
-        if cq.entries() < entries {
-            return Err(format!(
-                "device {} has completion queues of {} entries, a connection needs {entries}: lower queue_depth",
-                device.info().name,
-                cq.entries()
-            ));
-        }
-        let handle = cq.handle();
-        let lost = Arc::new(AtomicBool::new(false));
-        port.cqs.push(CqPort {
-            device: device.clone(),
-            handle: handle.clone(),
-            entries: cq.entries(),
-            used: 0,
-            lost: lost.clone(),
-        });
-        Lane::<U>::send(&port.handle, move |cx, lane| lane.add_cq(cx, cq, lost));
-        Ok((port.cqs.len() - 1, handle))
     }
 
     /// The lane has posted the receives of a connection: accept it.
@@ -275,16 +276,20 @@ impl<U: Upper> Server<U> {
         if entry.closing {
             return;
         }
-        let up = match self.table.info_req(entry.id, message) {
+        let (path, device) = (entry.path.clone(), entry.device.clone());
+        let up = match self.bring_up(cx, entry.id, message) {
             Ok(up) => up,
             Err(why) => {
                 if let CloseReason::NameTaken(name) = &why {
-                    self.probe_holder(cx, entry.path.peer.ip(), name);
+                    self.probe_holder(cx, path.peer.ip(), name);
                 }
                 return self.close_path(cx, tag, &why.to_string());
             }
         };
-        let path = entry.path.clone();
+        if let Err(why) = path.make_chunks(&self.options, &device, &self.registry) {
+            return self.close_path(cx, tag, &why.to_string());
+        }
+        let connections = self.paths.get(&tag).map_or(0, |entry| entry.cons.len());
         path.session.set_name(&up.name);
         if up.first_of_session {
             let events = self.events.clone();
@@ -292,10 +297,17 @@ impl<U: Upper> Server<U> {
         }
         tracing::info!(
             session = %up.name, peer = %path.peer, local = %path.local, device = path.device,
-            connections = entry.cons.len(), "path connected"
+            connections, "path connected"
         );
         path.set_up();
         self.answer_info(tag, path);
+    }
+
+    fn bring_up(&mut self, cx: &mut Turn<'_>, id: PathId, message: &[u8]) -> Result<PathUp, CloseReason> {
+        // On some devices it overtakes the news of the connection.
+        let evicted = self.table.prove(id)?;
+        self.make_room(cx, &evicted);
+        self.table.info_req(id, message)
     }
 
     /// A client at `peer` wants the name of a session that has a path to that very address. The session may be what a crash
@@ -333,18 +345,24 @@ impl<U: Upper> Server<U> {
 
 /// Work requests per queue: each answer is one, with rotating keys or separate invalidations up to five.
 fn queue_sizes(path: &Path, device: &Arc<dyn Device>) -> QpCaps {
-    use rtrs_proto::response::{Keys, ReadStyle};
-    let depth = u32::from(path.geometry.queue_depth());
-    let per_request = match (path.policy.keys, path.policy.reads) {
+    let most = device.info().max_qp_wr;
+    let (send, receive) = queue_lengths(path.geometry, path.policy);
+    QpCaps { max_send_wr: send.min(most), max_recv_wr: receive.min(most), max_send_sge: 1, max_recv_sge: 1 }
+}
+
+/// Sends and receives that a connection can have waiting.
+fn queue_lengths(geometry: Geometry, policy: Policy) -> (u32, u32) {
+    let depth = u32::from(geometry.queue_depth());
+    let per_request = match (policy.keys, policy.reads) {
         (Keys::Rotating, _) => 5,
         (Keys::Static, ReadStyle::Invalidate) => 3,
         (Keys::Static, ReadStyle::OneMessage) => 1,
     };
-    let most = device.info().max_qp_wr;
-    QpCaps {
-        max_send_wr: (depth * per_request + 64).min(most),
-        max_recv_wr: (depth + SPARE_RECEIVES + 1).min(most),
-        max_send_sge: 1,
-        max_recv_sge: 1,
-    }
+    (depth * per_request + 64, depth + SPARE_RECEIVES + 1)
+}
+
+/// Bytes that the queues of one connection take, about.
+pub(super) fn queue_bytes(options: &Options) -> u64 {
+    let (send, receive) = queue_lengths(options.geometry, options.policy());
+    u64::from(send + receive) * BYTES_PER_REQUEST
 }

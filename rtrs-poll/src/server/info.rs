@@ -2,6 +2,9 @@
 
 use std::time::Instant;
 
+use quota::Limit;
+use rtrs_proto::admission::Resource;
+
 use super::Server;
 use crate::path::{Path, PathStats};
 use crate::upper::Upper;
@@ -76,6 +79,11 @@ impl<U: Upper> Server<U> {
 }
 
 impl<U: Upper> Server<U> {
+    /// What clients have of each resource, and its bound.
+    pub fn in_use(&self) -> impl Iterator<Item = (Resource, u64, Limit)> {
+        self.table.in_use()
+    }
+
     /// Resets the counters of all paths that match.
     pub fn reset_path_stats(&self, session: Option<&str>, path: Option<&str>) {
         let matches = |p: &Path| {

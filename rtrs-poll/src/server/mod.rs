@@ -17,14 +17,14 @@ use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use iobuf::Registry;
 use reactor::{Handle, Polled, Poller, Turn};
 use rtrs_proto::admission::{Limits, PathId, SessionId, SessionTable};
-use verbs::{Cm, CmEvent, CmId, CqHandle, Device};
+use verbs::{Cm, CmEvent, CmId, Device};
 
+use crate::cqs::{Cqs, Share};
 use crate::lane::{ConKey, Lane, Reports};
 use crate::limit::LogLimit;
 use crate::options::Options;
@@ -34,8 +34,15 @@ use crate::upper::Upper;
 
 pub use info::{PathInfo, SessionInfo};
 
+/// Entries of a completion queue; another one is made when its queue pairs could need more.
+const CQ_ENTRIES: u32 = 32768;
+
 /// What the layer above does on the control thread.
 pub trait SessionEvents {
+    /// The operator expects clients at `peer`: what is kept for known clients is for them, too.
+    fn expects(&self, _peer: IpAddr) -> bool {
+        false
+    }
     /// The first path of a session came up, from `peer`.
     fn session_up(&mut self, cx: &mut Turn<'_>, session: &Arc<Session>);
     /// Its last path is gone and nothing of it is in flight: close its devices.
@@ -76,7 +83,7 @@ pub struct Listening {
 /// An RTRS server on the control thread, over any number of providers and reactors.
 pub struct Server<U: Upper> {
     options: Options,
-    table: SessionTable<IpAddr>,
+    table: SessionTable,
     registry: Arc<Registry>,
     lanes: Vec<LanePort>,
     cms: Vec<Box<dyn Cm>>,
@@ -103,17 +110,7 @@ type Done = Box<dyn FnOnce(&mut Turn<'_>)>;
 struct LanePort {
     handle: Handle,
     connections: usize,
-    cqs: Vec<CqPort>,
-}
-
-/// A completion queue on a reactor, with the entries spoken for.
-struct CqPort {
-    device: Arc<dyn Device>,
-    handle: CqHandle,
-    entries: u32,
-    used: u32,
-    /// Set by the lane when it failed.
-    lost: Arc<AtomicBool>,
+    cqs: Cqs,
 }
 
 /// Where a connection-manager id belongs.
@@ -127,6 +124,8 @@ struct PathEntry {
     id: PathId,
     session_id: SessionId,
     path: Arc<Path>,
+    /// Of all its connections.
+    device: Arc<dyn Device>,
     cons: Vec<Option<ConEntry>>,
     closing: bool,
     since: Instant,
@@ -137,8 +136,7 @@ struct ConEntry {
     id: CmId,
     ack_delay: Option<u8>,
     lane: usize,
-    cq: usize,
-    entries: u32,
+    cq: Share,
     /// Known once the lane has taken the connection.
     key: Option<ConKey>,
     /// The client has been told yes.
@@ -221,13 +219,9 @@ impl<U: Upper> Server<U> {
                 Lane::install(cx, u, reports);
             });
         }
-        let limits = Limits {
-            max_sessions: options.max_sessions as usize,
-            max_connections: options.max_connections as usize,
-            half_open_ns: options.half_open_timeout.as_nanos() as u64,
-            ..Limits::default()
-        };
-        let lanes = reactors.iter().map(|h| LanePort { handle: h.clone(), connections: 0, cqs: Vec::new() });
+        let limits = limits(&options);
+        let port = |h: &Handle| LanePort { handle: h.clone(), connections: 0, cqs: Cqs::new(CQ_ENTRIES) };
+        let lanes = reactors.iter().map(port);
         let server = Rc::new(RefCell::new(Self {
             options,
             table: SessionTable::new(limits),
@@ -355,7 +349,8 @@ impl<U: Upper> Server<U> {
                 let ack_delay = self.listeners.get(&listener).and_then(|(_, l)| l.ack_delay);
                 self.connect_request(cx, cm, id, ack_delay, &private, local, peer);
             }
-            CmEvent::Established { .. } | CmEvent::Resolved(_) => {}
+            CmEvent::Established { id, .. } => self.established(cx, id),
+            CmEvent::Resolved(_) => {}
             CmEvent::Rejected { id, reason, .. } => {
                 self.id_broken(cx, id, &format!("rejected by the client ({reason})"));
             }
@@ -391,5 +386,20 @@ impl<U: Upper> Server<U> {
                 None => drop(self.table.path_closed(id)),
             }
         }
+    }
+}
+
+/// What the operator has chosen, for the session table.
+fn limits(options: &Options) -> Limits {
+    Limits {
+        max_sessions: options.max_sessions as usize,
+        max_paths: options.max_paths as usize,
+        max_connections: options.max_connections as usize,
+        max_memory: options.max_memory.unwrap_or_else(|| iobuf::usable_memory() / 2),
+        path_bytes: options.geometry.total_bytes().into(),
+        connection_bytes: connect::queue_bytes(options),
+        share_percent: options.share_percent,
+        half_open_ns: options.half_open_timeout.as_nanos() as u64,
+        ..Limits::default()
     }
 }

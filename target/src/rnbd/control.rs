@@ -162,7 +162,9 @@ impl Control {
             Ok(Open::Again(id)) => id,
             Ok(Open::New { name, mode }) => {
                 let name = name.to_owned();
-                self.open_new(admin, &name, mode)?
+                let id = self.open_new(admin, &name, mode)?;
+                admin.session.set_opened();
+                id
             }
             Err(bad) => {
                 tracing::debug!(session = session.name, %bad, "OPEN refused");
@@ -403,6 +405,10 @@ impl Control {
 }
 
 impl SessionEvents for Control {
+    fn expects(&self, peer: IpAddr) -> bool {
+        self.exports.borrow().names(peer)
+    }
+
     fn session_up(&mut self, _: &mut Turn<'_>, session: &Arc<rtrs_poll::Session>) {
         // A reactor may still be about to forget a device of the session that had this key before.
         self.generation = self.generation.wrapping_add(1);

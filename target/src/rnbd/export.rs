@@ -127,6 +127,13 @@ impl Exports {
         &self.table
     }
 
+    /// An export's allow list has an address or network that `peer` is in.
+    pub fn names(&self, peer: IpAddr) -> bool {
+        let networks =
+            self.table.iter().flat_map(|e| &e.allow).filter_map(|a| a.addr.as_deref()?.parse().ok());
+        networks.into_iter().any(|network: Network| network.has(peer))
+    }
+
     /// Looks a client's device path up. `bdev` gives the own name of the bdev that has a name or alias.
     ///
     /// # Errors

@@ -5,9 +5,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use engine::App;
+use quota::Limit;
 use rnbd_proto::open::SearchPath;
 use rpc::{MethodTable, RpcError, States};
 use rtrs_poll::{Choice, ListenError, Listening, Provider, owns_no_device};
+use rtrs_proto::admission::Resource;
 use rtrs_proto::limits::Geometry;
 use rtrs_proto::response::ReadStyle;
 use serde::{Deserialize, Serialize};
@@ -58,6 +60,7 @@ pub(super) fn register(t: &mut MethodTable<App>) {
         Ok(true)
     });
     t.method_without_params("rnbd_get_devices", States::RUNTIME, |app, r| r.reply(rdma_devices(app)));
+    t.method_without_params("rnbd_get_limits", States::RUNTIME, |app, r| r.reply(limits(app)));
     t.method_sync::<ForceClose, _>("rnbd_force_close", States::RUNTIME, |app, p| force_close(app, &p));
 }
 
@@ -79,6 +82,8 @@ struct SetOptions {
     max_sessions: Option<u32>,
     max_paths: Option<u32>,
     max_connections: Option<u32>,
+    max_memory: Option<u64>,
+    max_share_percent: Option<u8>,
 }
 
 fn set_options(app: &mut App, p: &SetOptions) -> Result<bool, RpcError> {
@@ -108,6 +113,17 @@ fn set_options(app: &mut App, p: &SetOptions) -> Result<bool, RpcError> {
             return Err(invalid(METHOD, name, format!("{name} must be at least 1")));
         }
     }
+    if p.max_memory.is_some_and(|most| most < u64::from(geometry.total_bytes())) {
+        let one = geometry.total_bytes();
+        return Err(invalid(
+            METHOD,
+            "max_memory",
+            format!("one path needs {one} bytes for its chunks, so max_memory must be more"),
+        ));
+    }
+    if p.max_share_percent.is_some_and(|percent| !(1..=100).contains(&percent)) {
+        return Err(invalid(METHOD, "max_share_percent", "max_share_percent must be 1 to 100"));
+    }
     apply_options(&mut state(app)?.borrow_mut().options, p, geometry);
     let exports = exports(app)?;
     let mut exports = exports.borrow_mut();
@@ -134,13 +150,15 @@ fn apply_options(o: &mut rtrs_poll::Options, p: &SetOptions, geometry: Geometry)
     o.max_sessions = p.max_sessions.unwrap_or(o.max_sessions);
     o.max_paths = p.max_paths.unwrap_or(o.max_paths);
     o.max_connections = p.max_connections.unwrap_or(o.max_connections);
+    o.max_memory = p.max_memory.or(o.max_memory);
+    o.share_percent = p.max_share_percent.unwrap_or(o.share_percent);
 }
 
 /// The options in force, as `rnbd_set_options` takes them.
 fn options_config(state: &RnbdState) -> Value {
     let o = &state.options;
     let exports = state.exports.borrow();
-    json!({"method": "rnbd_set_options", "params": {
+    let mut call = json!({"method": "rnbd_set_options", "params": {
         "queue_depth": o.geometry.queue_depth(),
         "max_io_size": o.geometry.max_io_size(),
         "max_hdr_size": o.geometry.max_hdr_size(),
@@ -154,7 +172,13 @@ fn options_config(state: &RnbdState) -> Value {
         "max_sessions": o.max_sessions,
         "max_paths": o.max_paths,
         "max_connections": o.max_connections,
-    }})
+        "max_share_percent": o.share_percent,
+    }});
+    // The default is this machine's.
+    if let Some(most) = o.max_memory {
+        call["params"]["max_memory"] = most.into();
+    }
+    call
 }
 
 /// The calls that make the present state of this subsystem.
@@ -471,6 +495,19 @@ fn rdma_devices(app: &App) -> Result<Value, RpcError> {
         json!({"device": d.info().name, "provider": d.info().provider, "counters": counters})
     };
     Ok(server.borrow().devices().iter().map(row).collect())
+}
+
+/// What clients have of what there are limits of.
+fn limits(app: &App) -> Result<Value, RpcError> {
+    let server = server(app)?;
+    let server = server.borrow();
+    let row = |(what, used, limit): (Resource, u64, Limit)| {
+        json!({
+            "resource": what.key(), "used": used, "limit": limit.total(), "per_address": limit.share(),
+            "for_known_clients": limit.reserve(),
+        })
+    };
+    Ok(server.in_use().map(row).collect())
 }
 
 fn path_stats(app: &App, session: Option<&str>, path: Option<&str>) -> Result<Vec<Value>, RpcError> {

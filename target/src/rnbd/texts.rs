@@ -28,6 +28,13 @@ pub(super) const TEXTS: &[MethodText] = &[
         "RDMA devices in use. `counters` has what a provider counts itself: with soft-roce packets by what became of them.",
     ),
     ("rnbd_get_exports", "[export]", "Exports, with those who have them open."),
+    (
+        "rnbd_get_limits",
+        "[{resource, used, limit, per_address, for_known_clients}]",
+        "What clients have of sessions, paths, connections and memory (bytes of chunks and queues), the limit, how much of it \
+         one address may have (of IPv6: one /64), and how much is kept for clients that had a device open before or that an \
+         allow list names.",
+    ),
     ("rnbd_get_listeners", "[listener]", "Addresses that accept."),
     ("rnbd_get_path_stats", "[{session, path, rd_cnt, rd_bytes, wr_cnt, wr_bytes}]", "Counters of paths."),
     ("rnbd_get_sessions", "[session]", "Clients, their paths and open devices."),

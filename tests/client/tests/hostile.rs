@@ -19,7 +19,7 @@ fn settled(target: &Target, most: usize) -> usize {
 /// Returns how many cases failed.
 fn table(name: &str, options: &Value) -> usize {
     let target = Target::start(name, options);
-    // The server's completion queues come with the first connections, and stay.
+    // Whatever is made once comes with the first connections.
     drop(Client::connect(target.cm().unwrap(), target.dst(), Opts::new("first")).unwrap());
     let before = settled(&target, usize::MAX);
     let failed = run_table(&target, &std::env::var("HOSTILE_CASE").unwrap_or_default()).unwrap();

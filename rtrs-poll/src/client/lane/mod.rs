@@ -20,18 +20,17 @@ mod tag;
 use std::cell::RefCell;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use iobuf::Registry;
 use reactor::{Handle, Polled, Poller, Turn};
 use verbs::Wc;
 
-use super::cqs::NewCq;
 use super::keys::KeyTable;
 use super::path::PathId;
 use super::session::SessionId;
 use super::upper::Upper;
+use crate::cqs::{LaneCqs, NewCq};
 pub(super) use con::ConSizes;
 pub use io::{Io, SessionKey};
 pub(super) use link::{ConSetup, LinkSetup, LinkStart, Remains};
@@ -78,7 +77,7 @@ pub struct Lane<U> {
     // Dropped in this order: the queue pairs use memory that the upper layer may own.
     io: Io,
     upper: U,
-    cqs: Vec<NewCq>,
+    pub(super) cqs: LaneCqs,
     wcs: Box<[Wc; POLL_BATCH]>,
     /// Of the registry, when the control thread was last told.
     memory_seen: u64,
@@ -110,7 +109,7 @@ impl<U: Upper> Lane<U> {
         let lane = Rc::new(RefCell::new(Self {
             upper,
             io: Io::new(reports, registry, cx.now),
-            cqs: Vec::new(),
+            cqs: LaneCqs::default(),
             wcs: Box::new([Wc::default(); POLL_BATCH]),
             memory_seen: u64::MAX,
         }));
@@ -149,21 +148,9 @@ impl<U: Upper> Lane<U> {
         });
     }
 
-    /// Takes over a completion queue.
-    pub(super) fn add_cq(&mut self, cx: &mut Turn<'_>, new: NewCq) {
-        if let Err(error) = cx.watch(new.cq.wait_fd()) {
-            tracing::error!(%error, "cannot watch a completion channel");
-            return new.lost.store(true, Ordering::Release);
-        }
-        self.cqs.push(new);
-    }
-
     /// A completion queue failed. Which connections are on it is not known here, so all links by its device end.
     fn cq_failed(&mut self, cx: &mut Turn<'_>, i: usize, why: &str) {
-        let NewCq { cq, device, lost } = self.cqs.remove(i);
-        tracing::error!(why, device = device.info().name, "completion queue lost");
-        lost.store(true, Ordering::Release);
-        cx.unwatch(cq.wait_fd());
+        let NewCq { device, .. } = self.cqs.fail(cx, i, why);
         for key in self.io.links.keys() {
             if self.io.links.get(key).is_some_and(|l| l.memory.is_on(&device)) {
                 self.io.link_broken(key, format!("completion queue lost: {why}"));
@@ -176,7 +163,7 @@ impl<U: Upper> Lane<U> {
         let mut busy = false;
         let mut i = 0;
         while i < self.cqs.len() {
-            match self.cqs[i].cq.poll(&mut self.wcs[..]) {
+            match self.cqs.get(i).poll(&mut self.wcs[..]) {
                 Ok(0) => {}
                 Ok(n) => {
                     busy = true;
@@ -211,7 +198,7 @@ impl<U: Upper> Lane<U> {
 
     fn before_sleep(&mut self, cx: &mut Turn<'_>) -> Polled {
         for i in (0..self.cqs.len()).rev() {
-            if let Err(e) = self.cqs[i].cq.arm() {
+            if let Err(e) = self.cqs.get(i).arm() {
                 self.cq_failed(cx, i, &e.to_string());
             }
         }

@@ -8,16 +8,30 @@ use zerocopy::IntoBytes;
 use super::*;
 
 pub(super) const CASES: &[Case] = &[
-    case("too_many_sessions", "half-open sessions up to the limit, and one more", NOMEM, |cx| {
+    case("too_many_sessions", "sessions up to the limit, and one more", NOMEM, |cx| {
         let (sessions, _) = cx.place.limits().ok_or("limits unknown")?;
         let mut clients = Vec::new();
         // The bystander is one.
         for n in 1..sessions {
-            expect("below the limit", dial_one(cx, &mut clients)?, Outcome::Ok)
-                .map_err(|e| format!("session {n}: {e}"))?;
+            clients.push(cx.connect_with(cx.opts(&format!("hostile-{n}")))?);
         }
         dial_one(cx, &mut clients)
     })
+    .needs(Needs::Limits),
+    case(
+        "half_open_sessions",
+        "twice as many half-open sessions as there may be give way to one that comes up",
+        OK,
+        |cx| {
+            let (sessions, _) = cx.place.limits().ok_or("limits unknown")?;
+            let mut clients = Vec::new();
+            for n in 0..2 * sessions {
+                expect("a half-open session", dial_one(cx, &mut clients)?, Outcome::Ok)
+                    .map_err(|e| format!("session {n}: {e}"))?;
+            }
+            cx.connect().map(|_| Outcome::Ok)
+        },
+    )
     .needs(Needs::Limits),
     case("too_many_connections", "one path of more connections than the server has", NOMEM, |cx| {
         let (_, connections) = cx.place.limits().ok_or("limits unknown")?;

@@ -51,6 +51,8 @@ impl Target {
             "queue_depth": 24, "max_io_size": 61440, "max_hdr_size": 4096,
             "half_open_timeout_ms": half_open().as_millis() as u64,
             "max_sessions": MAX_SESSIONS, "max_paths": 150, "max_connections": MAX_CONNECTIONS,
+            // One address plays all clients.
+            "max_share_percent": 100,
         });
         for (k, v) in options.as_object().expect("options are an object") {
             set[k] = v.clone();
