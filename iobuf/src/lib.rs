@@ -14,7 +14,7 @@ mod provider;
 mod region;
 mod registry;
 
-pub use budget::usable_memory;
+pub use budget::{trim_heap, usable_memory};
 pub use fault::losses;
 pub use pool::{Buffer, Pool};
 pub use provider::Provider;

@@ -7,9 +7,15 @@ use rtrs_proto::errno::Errno;
 use rtrs_proto::handshake;
 use zerocopy::IntoBytes;
 
-use super::{PathEntry, Server};
+use super::connect::queue_bytes;
+use super::{PathEntry, Server, ServerCell};
 use crate::lane::Lane;
 use crate::upper::Upper;
+
+/// Bytes of queues that are freed before the system gets them back.
+const WORTH_TRIMMING: u64 = 16 << 20;
+/// How long to wait for more of them.
+const TRIM_DELAY: Duration = Duration::from_secs(2);
 
 impl<U: Upper> Server<U> {
     /// Closes a path: disconnects all its connections at once (a client waits for that), then lets the lanes finish.
@@ -18,7 +24,10 @@ impl<U: Upper> Server<U> {
         if std::mem::replace(&mut entry.closing, true) {
             return;
         }
-        tracing::info!(session = entry.path.session.name(), peer = %entry.path.peer, why, "closing path");
+        // Whoever was not up may be anybody, who comes as often as he likes.
+        if entry.path.is_up() || self.refusals.allows(cx.now) {
+            tracing::info!(session = entry.path.session.name(), peer = %entry.path.peer, why, "closing path");
+        }
         self.table.begin_close(entry.id);
         entry.path.set_closing();
         for con in entry.cons.iter().flatten() {
@@ -63,6 +72,7 @@ impl<U: Upper> Server<U> {
         let Some(entry) = self.paths.remove(&tag) else { return };
         self.tags.remove(&entry.id);
         self.release_cons(&entry);
+        self.trim_later(cx, &entry);
         if entry.path.session.has_opened() {
             self.table.remember(entry.path.peer.ip());
         }
@@ -81,6 +91,21 @@ impl<U: Upper> Server<U> {
         {
             // Later, because it may want this server, which is borrowed now.
             cx.after(Duration::ZERO, done);
+        }
+    }
+
+    /// After many connections have gone, gives their memory back to the system: a burst shall leave nothing.
+    fn trim_later(&mut self, cx: &mut Turn<'_>, entry: &PathEntry) {
+        let connections = entry.cons.iter().flatten().count() as u64;
+        let before = self.freed;
+        self.freed += connections * queue_bytes(&self.options);
+        if before < WORTH_TRIMMING && self.freed >= WORTH_TRIMMING {
+            cx.after(TRIM_DELAY, |cx| {
+                if let Some(cell) = cx.local::<ServerCell<U>>() {
+                    cell.0.borrow_mut().freed = 0;
+                    iobuf::trim_heap();
+                }
+            });
         }
     }
 

@@ -100,6 +100,8 @@ pub struct Server<U: Upper> {
     drained: Option<Done>,
     stopping: bool,
     refusals: LogLimit,
+    /// Bytes of queues that were freed and that the allocator may keep.
+    freed: u64,
     failed_cms: HashSet<usize>,
     _upper: std::marker::PhantomData<U>,
 }
@@ -240,6 +242,7 @@ impl<U: Upper> Server<U> {
             drained: None,
             stopping: false,
             refusals: LogLimit::new(10),
+            freed: 0,
             failed_cms: HashSet::new(),
             _upper: std::marker::PhantomData,
         }));

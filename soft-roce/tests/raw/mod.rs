@@ -20,8 +20,8 @@ pub struct RawPeer {
 
 /// A socket whose datagrams have identification 0 and DF, as the ICRC supposes.
 pub fn socket(ip: IpAddr) -> UdpSocket {
-    use rustix::net::{AddressFamily, SocketType, bind, socket, sockopt};
-    let socket = socket(AddressFamily::INET, SocketType::DGRAM, None).unwrap();
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with, sockopt};
+    let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None).unwrap();
     // Somebody may be listening on all addresses.
     sockopt::set_socket_reuseport(&socket, true).unwrap();
     bind(&socket, &SocketAddr::new(ip, UDP_PORT)).expect("a free RoCE port");
@@ -43,6 +43,24 @@ pub fn sealed(src: IpAddr, dst: IpAddr, mut packet: Vec<u8>) -> Vec<u8> {
     digest.update(&packet[12..]);
     packet.extend(digest.finish());
     packet
+}
+
+/// The datagram of connection request number `n` from `ip` to a listener.
+#[allow(dead_code, reason = "other test programs use it")]
+pub fn connect_request(ip: IpAddr, to: SocketAddr, n: u64, private: &[u8]) -> Vec<u8> {
+    let mut seed = n;
+    let random = move || {
+        seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        seed.wrapping_mul(0xbf58_476d_1ce4_e5b9)
+    };
+    let mut agent = Agent::new(Identity::new(n << 24), Config::new(0, || 77), Box::new(random));
+    let qp = QpFacts { qpn: QPN, start_psn: Psn::new(100) };
+    let params = ConnectParams { qp, mtu: 1024, retry: 7, rnr_retry: 7, reads: Depths::default(), private };
+    agent.connect(0, ConnId(1), ip, to, &params).unwrap();
+    let Some(Action::Send { src, dst, mad }) = agent.next_action() else { panic!("a request comes first") };
+    let mut packet = [0; MAD_PACKET_LEN];
+    encode_mad(0, &mad, &mut packet);
+    sealed(src, dst, packet.to_vec())
 }
 
 impl RawPeer {
