@@ -42,7 +42,7 @@ const RECV_AT: usize = 12288;
 const RECV: u32 = 256;
 const RECVS: usize = 8;
 const DATA_AT: usize = 20480;
-const CAPS: QpCaps = QpCaps { max_send_wr: 32, max_recv_wr: 16, max_send_sge: 2, max_recv_sge: 1 };
+const CAPS: QpCaps = QpCaps { max_send_wr: 32, max_recv_wr: 16, max_send_sge: 2, max_recv_sge: 1, domain: verbs::Domain::COMMON };
 
 /// Bytes of the input, zero at its end.
 struct Input<'a>(&'a [u8]);
@@ -210,7 +210,7 @@ impl Clients {
         if self.cq.is_none() {
             self.cq = Some(device.clone().create_cq(1024).unwrap());
             let access =
-                Access { local_write: true, remote_write: true, window_bind: true, remote_read: false };
+                Access { domain: verbs::Domain::COMMON, local_write: true, remote_write: true, window_bind: true, remote_read: false };
             self.mr = Some(device.clone().register(Region::new(MEMORY).unwrap(), access).unwrap());
             self.window = device.alloc_window().ok();
         }

@@ -22,7 +22,7 @@ const PORT: u16 = 7000;
 const LEN: usize = 16384;
 /// Bytes of a receive.
 const RECV: u32 = 1024;
-const CAPS: QpCaps = QpCaps { max_send_wr: 8, max_recv_wr: 8, max_send_sge: 2, max_recv_sge: 2 };
+const CAPS: QpCaps = QpCaps { max_send_wr: 8, max_recv_wr: 8, max_send_sge: 2, max_recv_sge: 2, domain: verbs::Domain::COMMON };
 const ENTRIES: u32 = 32;
 /// What memory holds that no peer may see, what it may see, and what may be written.
 const SECRET: u8 = 0xee;
@@ -31,11 +31,11 @@ const PUBLIC: u8 = 0x22;
 const PEER_QPN: u32 = 0x12_3456;
 /// What the server begins with.
 const FIRST_PSN: Psn = Psn::new(100);
-const OPEN: Access = Access { local_write: true, remote_write: true, remote_read: false, window_bind: true };
+const OPEN: Access = Access { domain: verbs::Domain::COMMON, local_write: true, remote_write: true, remote_read: false, window_bind: true };
 const READABLE: Access =
-    Access { local_write: false, remote_write: false, remote_read: true, window_bind: false };
+    Access { domain: verbs::Domain::COMMON, local_write: false, remote_write: false, remote_read: true, window_bind: false };
 const CLOSED: Access =
-    Access { local_write: false, remote_write: false, remote_read: false, window_bind: false };
+    Access { domain: verbs::Domain::COMMON, local_write: false, remote_write: false, remote_read: false, window_bind: false };
 
 /// A host that stays: opening its sockets takes longer than everything else.
 struct Host {

@@ -8,7 +8,7 @@ use iobuf::{Registry, Segment};
 use rtrs_proto::limits::Geometry;
 use rtrs_proto::response::Policy;
 use rtrs_proto::wire::{SgDesc, Uuid};
-use verbs::{Access, Device, Mr, Sge, Window, WindowKind};
+use verbs::{Access, Device, Domain, Mr, Sge, Window, WindowKind};
 
 use crate::options::Options;
 use crate::session::Session;
@@ -54,6 +54,8 @@ pub struct Path {
     /// Sizes.
     pub geometry: Geometry,
     pub(crate) policy: Policy,
+    /// Of its memory and queue pairs: no other client's keys are good here, and its own are good nowhere else.
+    pub(crate) domain: Domain,
     /// Non-zero, unique among living paths: owner tag in [`Session`].
     pub(crate) tag: u32,
     /// From INFO_REQ on: who has not come so far has cost no memory.
@@ -125,7 +127,8 @@ impl Path {
         if options.rotate_rkeys && info.windows != WindowKind::PerDomain {
             return Err(MemoryError::NoWindows(info.name.clone()));
         }
-        let local_only = Access { local_write: true, ..Access::default() };
+        let domain = device.alloc_domain();
+        let local_only = Access { domain, local_write: true, ..Access::default() };
         let service = iobuf::Region::new(service_len(options.geometry.queue_depth()))?;
         Ok(Self {
             session: who.session,
@@ -137,6 +140,7 @@ impl Path {
             provider: info.provider,
             geometry: options.geometry,
             policy: options.policy(),
+            domain,
             chunks: OnceLock::new(),
             service: device.clone().register(service, local_only)?,
             state: AtomicU8::new(CONNECTING),
@@ -155,6 +159,7 @@ impl Path {
         registry: &Registry,
     ) -> Result<(), MemoryError> {
         let access = Access {
+            domain: self.domain,
             local_write: true,
             remote_write: !options.rotate_rkeys,
             window_bind: options.rotate_rkeys,

@@ -5,17 +5,17 @@ use std::sync::Arc;
 
 use iobuf::Region;
 use roce_proto::keys::Entry;
-use verbs::{Access, Error, Mr};
+use verbs::{Access, Domain, Error, Mr};
 
 use crate::clock::Random;
-use crate::port::{DOMAIN, Port};
+use crate::port::Port;
 
 /// What the key table shall know of `len` bytes at `offset` of `region`, which must be inside.
 pub fn entry_of(region: &Region, offset: usize, len: u64, access: Access) -> Entry {
     Entry {
         base: region.as_ptr() as u64 + offset as u64,
         len,
-        domain: DOMAIN,
+        domain: access.domain.0,
         remote_write: access.remote_write,
         remote_read: access.remote_read,
         local_write: access.local_write || access.remote_write,
@@ -51,7 +51,7 @@ pub struct WindowKeep {
 const CLOSED: Entry = Entry {
     base: 0,
     len: 0,
-    domain: DOMAIN,
+    domain: Domain::COMMON.0,
     remote_write: false,
     remote_read: false,
     local_write: false,
@@ -84,7 +84,7 @@ impl WindowKeep {
         if !Arc::ptr_eq(&keep.port, &self.port) || !keep.access.window_bind || !fits {
             return None;
         }
-        let access = Access { remote_write: true, ..Access::default() };
+        let access = Access { domain: keep.access.domain, remote_write: true, ..Access::default() };
         let entry = match len {
             0 => CLOSED,
             len => Entry {

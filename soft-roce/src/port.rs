@@ -2,11 +2,12 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use iobuf::Region;
 use roce_proto::{Counter, Counters, UDP_PORT, keys};
-use verbs::{Access, Cq, Device, DeviceInfo, Error, Mr, Window, WindowKind};
+use verbs::{Access, Cq, Device, DeviceInfo, Domain, Error, Mr, Window, WindowKind};
 
 use crate::clock::Random;
 use crate::cq::SoftCq;
@@ -18,8 +19,6 @@ use crate::udp::{Receiver, Transmitter, open_rx, open_tx};
 
 /// Sockets of one address, of all processes: queue pair numbers have 7 bits for them.
 pub const SLOTS: u8 = 128;
-/// Everything is in one protection domain.
-pub const DOMAIN: u32 = 0;
 
 /// A local address, or all of a family.
 pub struct Port {
@@ -27,6 +26,8 @@ pub struct Port {
     pub info: DeviceInfo,
     pub keys: keys::Table,
     pub shared: Arc<Shared>,
+    /// The protection domain that was given out last. After 2^32 of them one comes again; its keys are gone long since.
+    domains: AtomicU32,
     pool: Mutex<Pool>,
     /// Of the connection manager's socket.
     cm_counters: Arc<Counters>,
@@ -85,6 +86,7 @@ impl Port {
             info,
             keys: keys::Table::new(),
             shared,
+            domains: AtomicU32::new(0),
             pool: Mutex::default(),
             cm_counters: Arc::default(),
             _claim: claim,
@@ -180,7 +182,7 @@ fn open_sockets(ip: IpAddr, first: bool, options: &Options) -> io::Result<Socket
 
 /// Once per process: everything else is at the system's mercy when its buffers are small.
 fn warn_about_buffer(got: usize, options: &Options) {
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::atomic::AtomicBool;
     static SAID: AtomicBool = AtomicBool::new(false);
     const ENOUGH: usize = 1 << 20;
     if options.receive_buffer >= ENOUGH && got < ENOUGH && !SAID.swap(true, Ordering::Relaxed) {
@@ -219,6 +221,14 @@ impl Device for Port {
         for (counter, past) in Counter::ALL.iter().zip(past) {
             let live: u64 = engines.iter().map(|engine| engine.counters().get(*counter)).sum();
             each(counter.name(), past + live + self.cm_counters.get(*counter));
+        }
+    }
+
+    fn alloc_domain(&self) -> Domain {
+        // Not the common one.
+        match self.domains.fetch_add(1, Ordering::Relaxed).wrapping_add(1) {
+            0 => self.alloc_domain(),
+            n => Domain(n),
         }
     }
 

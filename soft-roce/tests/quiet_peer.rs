@@ -36,7 +36,13 @@ fn a_request_without_an_answer_is_repeated() {
     let id = cm.resolve(Some(ip(1)), (ip(2), 1234).into(), patience()).expect("resolve");
     assert!(matches!(wait(&mut *cm, patience()), Some(CmEvent::Resolved(_))));
     let cq = cm.device(id).expect("a device").create_cq(16).expect("a completion queue");
-    let caps = QpCaps { max_send_wr: 4, max_recv_wr: 4, max_send_sge: 1, max_recv_sge: 1 };
+    let caps = QpCaps {
+        max_send_wr: 4,
+        max_recv_wr: 4,
+        max_send_sge: 1,
+        max_recv_sge: 1,
+        domain: verbs::Domain::COMMON,
+    };
     let _qp = cm.create_qp(id, &caps, &cq.handle()).expect("a queue pair");
     let begin = Instant::now();
     cm.connect(id, ConnParams::FOREVER, b"").expect("connect");

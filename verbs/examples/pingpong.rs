@@ -31,7 +31,13 @@ const REQUEST: u32 = 16;
 /// Where requests are sent from and received.
 const REQUEST_AT: u32 = BLOCK;
 const PARAMS: ConnParams = ConnParams::FOREVER;
-const CAPS: QpCaps = QpCaps { max_send_wr: 16, max_recv_wr: 16, max_send_sge: 1, max_recv_sge: 1 };
+const CAPS: QpCaps = QpCaps {
+    max_send_wr: 16,
+    max_recv_wr: 16,
+    max_send_sge: 1,
+    max_recv_sge: 1,
+    domain: verbs::Domain::COMMON,
+};
 const RECV: u64 = 0;
 const SEND: u64 = 1;
 
@@ -90,8 +96,13 @@ impl Peer {
     fn new(cm: &mut dyn Cm, id: CmId) -> Result<Self> {
         let device = cm.device(id).ok_or("a connection without a device")?;
         let windows = device.info().windows != WindowKind::Unsupported;
-        let access =
-            Access { local_write: true, remote_write: !windows, remote_read: false, window_bind: windows };
+        let access = Access {
+            domain: verbs::Domain::COMMON,
+            local_write: true,
+            remote_write: !windows,
+            remote_read: false,
+            window_bind: windows,
+        };
         let mr = device.clone().register(Region::new(2 * BLOCK as usize)?, access)?;
         let cq = device.clone().create_cq(64)?;
         let qp = cm.create_qp(id, &CAPS, &cq.handle())?;

@@ -68,9 +68,20 @@ pub enum WindowKind {
     PerQp,
 }
 
+/// A protection domain of a device: keys of one open nothing to the queue pairs of another.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Domain(pub u32);
+
+impl Domain {
+    /// The one that every device has.
+    pub const COMMON: Self = Self(0);
+}
+
 /// What peers and the device may do with a memory region. Local read is always allowed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Access {
+    /// Whose queue pairs may use its keys, and those of windows on it.
+    pub domain: Domain,
     /// Receives may land here.
     pub local_write: bool,
     /// Peers may RDMA WRITE here. Implies `local_write`.
@@ -122,13 +133,19 @@ impl Mr {
     }
 }
 
-/// One RDMA device (`ibv_context` and one protection domain). Shared by all threads; calls cost a system call or more.
+/// One RDMA device (`ibv_context` and, unless it has more, one protection domain). Shared by all threads; calls cost a system call or more.
 pub trait Device: Send + Sync {
     /// Limits and identity.
     fn info(&self) -> &DeviceInfo;
 
     /// Gives every statistic of the device by name; nothing if the provider has none of its own.
     fn counters(&self, _each: &mut dyn FnMut(&'static str, u64)) {}
+
+    /// A domain for [`Access::domain`] and [`QpCaps::domain`] that nobody else has, so that a peer reaches nothing of the
+    /// others whatever keys it knows. [`Domain::COMMON`] where the provider has only that.
+    fn alloc_domain(&self) -> Domain {
+        Domain::COMMON
+    }
 
     /// Registers all of `region` under its own addresses.
     ///
@@ -403,6 +420,8 @@ pub struct QpCaps {
     pub max_send_sge: u32,
     /// Scatter entries per receive.
     pub max_recv_sge: u32,
+    /// Of the keys that it may use.
+    pub domain: Domain,
 }
 
 /// A connection, listener or resolution in progress; stays unique in the process.

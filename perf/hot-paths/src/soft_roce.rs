@@ -12,10 +12,21 @@ use verbs::{
 
 use crate::{BATCH, Kind, LEN, Round};
 
-const CAPS: QpCaps = QpCaps { max_send_wr: 64, max_recv_wr: 64, max_send_sge: 1, max_recv_sge: 1 };
+const CAPS: QpCaps = QpCaps {
+    max_send_wr: 64,
+    max_recv_wr: 64,
+    max_send_sge: 1,
+    max_recv_sge: 1,
+    domain: verbs::Domain::COMMON,
+};
 const PARAMS: ConnParams = ConnParams { read_depth: 4, ..ConnParams::FOREVER };
-const ACCESS: Access =
-    Access { local_write: true, remote_write: true, remote_read: true, window_bind: false };
+const ACCESS: Access = Access {
+    domain: verbs::Domain::COMMON,
+    local_write: true,
+    remote_write: true,
+    remote_read: true,
+    window_bind: false,
+};
 
 /// One side of the connection. Dropped in this order.
 struct End {

@@ -126,6 +126,7 @@ impl<U: Upper> Client<U> {
             max_recv_wr: sizes.receives + 1,
             max_send_sge: sizes.send_sge,
             max_recv_sge: 1,
+            domain: verbs::Domain::COMMON,
         };
         let lane = options.used_reactors()[options.reactor_of(conn.cid)];
         let cq = self.lanes[lane].cqs.reserve(&device, caps.max_send_wr + caps.max_recv_wr)?;

@@ -10,8 +10,13 @@ use iobuf::{Region, Registry, Segment, Snapshot};
 use verbs::{Access, Device, Mr};
 
 /// What servers may do to data memory: see [the module](super) for what that means.
-const ACCESS: Access =
-    Access { local_write: true, remote_write: true, remote_read: false, window_bind: false };
+const ACCESS: Access = Access {
+    domain: verbs::Domain::COMMON,
+    local_write: true,
+    remote_write: true,
+    remote_read: false,
+    window_bind: false,
+};
 
 /// The keys of one device, by region.
 pub(super) struct KeyTable {

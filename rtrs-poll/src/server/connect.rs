@@ -347,7 +347,13 @@ impl<U: Upper> Server<U> {
 fn queue_sizes(path: &Path, device: &Arc<dyn Device>) -> QpCaps {
     let most = device.info().max_qp_wr;
     let (send, receive) = queue_lengths(path.geometry, path.policy);
-    QpCaps { max_send_wr: send.min(most), max_recv_wr: receive.min(most), max_send_sge: 1, max_recv_sge: 1 }
+    QpCaps {
+        max_send_wr: send.min(most),
+        max_recv_wr: receive.min(most),
+        max_send_sge: 1,
+        max_recv_sge: 1,
+        domain: path.domain,
+    }
 }
 
 /// Sends and receives that a connection can have waiting.

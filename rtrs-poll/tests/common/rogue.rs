@@ -91,7 +91,13 @@ impl Rogue {
             self.memory = Some(device.clone().register(region, access).expect("registered"));
             self.device = Some(device);
         }
-        let caps = QpCaps { max_send_wr: 256, max_recv_wr: 256, max_send_sge: 1, max_recv_sge: 1 };
+        let caps = QpCaps {
+            max_send_wr: 256,
+            max_recv_wr: 256,
+            max_send_sge: 1,
+            max_recv_sge: 1,
+            domain: verbs::Domain::COMMON,
+        };
         let cq = self.cq.as_ref().expect("made above").handle();
         let mut qp = self.cm.create_qp(id, &caps, &cq).expect("a queue pair");
         let con = self.cons.len();

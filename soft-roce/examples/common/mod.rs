@@ -106,13 +106,25 @@ impl Host {
 
     fn equip(&mut self, id: CmId, depth: u32, bytes: usize) -> Result<Connection> {
         let device = self.cm.device(id).ok_or("a connection without a device")?;
-        let access = Access { local_write: true, remote_write: true, remote_read: true, window_bind: false };
+        let access = Access {
+            domain: verbs::Domain::COMMON,
+            local_write: true,
+            remote_write: true,
+            remote_read: true,
+            window_bind: false,
+        };
         let mr = device.clone().register(Region::new(bytes)?, access)?;
         if self.cq.is_none() {
             self.cq = Some(device.create_cq(CQ_ENTRIES)?);
         }
         let cq = self.cq.as_ref().ok_or("no completion queue")?.handle();
-        let caps = QpCaps { max_send_wr: depth, max_recv_wr: depth, max_send_sge: 1, max_recv_sge: 1 };
+        let caps = QpCaps {
+            max_send_wr: depth,
+            max_recv_wr: depth,
+            max_send_sge: 1,
+            max_recv_sge: 1,
+            domain: verbs::Domain::COMMON,
+        };
         Ok(Connection { id, qp: self.cm.create_qp(id, &caps, &cq)?, mr })
     }
 

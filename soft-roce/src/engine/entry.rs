@@ -69,6 +69,8 @@ impl Link {
 pub struct Entry {
     pub qpn: u32,
     pub conn: cm::ConnId,
+    /// Of the keys that it may use, its peer's too.
+    pub domain: u32,
     pub rc: RcQp,
     pub sends: Slots<SendSlot>,
     pub recvs: Slots<RecvWr>,
@@ -92,6 +94,7 @@ impl Entry {
         Self {
             qpn,
             conn,
+            domain: caps.domain.0,
             rc: RcQp::new(caps.max_send_wr, caps.max_recv_wr),
             sends: Slots::new(caps.max_send_wr, NO_SEND),
             recvs: Slots::new(caps.max_recv_wr, NO_RECV),

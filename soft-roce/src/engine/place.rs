@@ -6,11 +6,12 @@ use verbs::{RecvWr, Sge};
 
 use super::entry::SendSlot;
 use super::slots::Slots;
-use crate::port::DOMAIN;
 
 /// The memory behind a queue pair while it handles a packet.
 pub struct Place<'a> {
     pub keys: &'a keys::Table,
+    /// Of the queue pair.
+    pub domain: u32,
     pub sends: &'a Slots<SendSlot>,
     pub recvs: &'a Slots<RecvWr>,
 }
@@ -38,7 +39,7 @@ fn copy(bytes: &[u8], to: &Pinned<'_>) {
 
 impl Place<'_> {
     fn pin(&self, key: u32, va: u64, len: u32, access: keys::Access) -> Result<Pinned<'_>, AccessError> {
-        self.keys.pin(key, DOMAIN, va, u64::from(len), access).map_err(|_| AccessError)
+        self.keys.pin(key, self.domain, va, u64::from(len), access).map_err(|_| AccessError)
     }
 
     fn scatter(&self, sges: &[Sge], offset: u32, mut bytes: &[u8]) -> Result<(), AccessError> {
@@ -75,7 +76,7 @@ impl rc::Memory<u32, u32> for Place<'_> {
     }
 
     fn invalidate(&mut self, rkey: u32) -> Result<(), AccessError> {
-        if self.keys.invalidate(rkey, DOMAIN) { Ok(()) } else { Err(AccessError) }
+        if self.keys.invalidate(rkey, self.domain) { Ok(()) } else { Err(AccessError) }
     }
 }
 

@@ -13,7 +13,6 @@ use super::place::{Place, pieces};
 use super::table::Table;
 use super::{Engine, Mail, Source};
 use crate::faults::Weather;
-use crate::port::DOMAIN;
 use crate::udp::Datagram;
 use roce_proto::keys;
 
@@ -222,8 +221,8 @@ impl Qps {
         if !link.verify(from, udp) {
             return Err(Counter::Icrc);
         }
-        let Entry { rc, sends, recvs, .. } = entry;
-        let mut place_of = Place { keys: &engine.port.keys, sends, recvs };
+        let Entry { rc, sends, recvs, domain, .. } = entry;
+        let mut place_of = Place { keys: &engine.port.keys, domain: *domain, sends, recvs };
         let done = &mut self.done;
         rc.receive(
             now,
@@ -382,7 +381,7 @@ fn post_one(entry: &mut Entry, keys: &keys::Table, wr: &SendWr, max_sge: u32) ->
     }
     if let SendOp::LocalInvalidate(key) = wr.op {
         entry.may_post_send()?;
-        let ok = keys.invalidate(key, DOMAIN);
+        let ok = keys.invalidate(key, entry.domain);
         return entry.post_done(wr, ok, verbs::wc_status::LOC_QP_OP_ERR);
     }
     let access =
@@ -390,7 +389,7 @@ fn post_one(entry: &mut Entry, keys: &keys::Table, wr: &SendWr, max_sge: u32) ->
     let sges = wr.sges.as_slice();
     let len = wr.sges.bytes() as u32;
     let local = pieces(sges, 0, len)
-        .all(|sge| keys.pin(sge.lkey, DOMAIN, sge.addr, u64::from(sge.len), access).is_ok());
+        .all(|sge| keys.pin(sge.lkey, entry.domain, sge.addr, u64::from(sge.len), access).is_ok());
     entry.post_send(wr, local)
 }
 

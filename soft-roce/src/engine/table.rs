@@ -123,7 +123,13 @@ mod tests {
     use verbs::QpCaps;
 
     fn entry(qpn: u32) -> Box<Entry> {
-        let caps = QpCaps { max_send_wr: 1, max_recv_wr: 1, max_send_sge: 1, max_recv_sge: 1 };
+        let caps = QpCaps {
+            max_send_wr: 1,
+            max_recv_wr: 1,
+            max_send_sge: 1,
+            max_recv_sge: 1,
+            domain: verbs::Domain::COMMON,
+        };
         Box::new(Entry::new(qpn, ConnId(1), &caps))
     }
 

@@ -9,7 +9,6 @@ use super::Engine;
 use super::entry::Entry;
 use super::place::pieces;
 use super::qps::Qps;
-use crate::port::DOMAIN;
 use crate::udp::{Sent, Transmitter};
 
 /// Packets that one queue pair may send before the others have their turn.
@@ -176,6 +175,9 @@ fn retire(qps: &mut Qps, now: Nanos) {
     }
 }
 
+/// Bytes that are copied at a time for their checksum: what stays in the first-level cache.
+const BLOCK: usize = 1024;
+
 /// Writes one packet into the transmitter's batch; its payload stays where it is, pinned. Returns its bytes.
 fn build<'k>(
     entry: &mut Entry,
@@ -212,16 +214,23 @@ fn build<'k>(
 }
 
 fn append(tx: &mut Transmitter, digest: &mut Digest, pin: &Pinned<'_>, small: bool) {
-    // SAFETY: the table vouches that the bytes lie in a registered region which its owner cannot free before the guard
-    // is dropped. The poster has lent them for reading until the request completes; a peer that writes to what another
-    // reads gets what it asks for: bytes of either state, and an ICRC that may not fit, which costs a repetition.
-    let bytes = unsafe { std::slice::from_raw_parts(pin.addr as *const u8, pin.len as usize) };
-    digest.update(bytes);
-    if small {
-        tx.copy(bytes);
-    } else {
+    let (start, len) = (pin.addr as *const u8, pin.len as usize);
+    let mut block = [0; BLOCK];
+    for at in (0..len).step_by(BLOCK) {
+        let part = &mut block[..BLOCK.min(len - at)];
+        // SAFETY: the table vouches that the bytes lie in a registered region which its owner cannot free before the guard
+        // is dropped, and `part` is on the stack. A peer may write there meanwhile, so no reference into the region is
+        // made: the copy is of either state, and so is what the kernel sends, whose ICRC then may not fit, which costs a
+        // repetition.
+        unsafe { std::ptr::copy_nonoverlapping(start.add(at), part.as_mut_ptr(), part.len()) };
+        digest.update(part);
+        if small {
+            tx.copy(part);
+        }
+    }
+    if !small {
         // SAFETY: pinned until the batch is sent: `Batch::flush` drops the guards after that.
-        unsafe { tx.external(bytes.as_ptr(), bytes.len()) };
+        unsafe { tx.external(start, len) };
     }
 }
 
@@ -239,7 +248,7 @@ fn pin_payload<'k>(
             let mut sum = 0;
             for piece in pieces(slot.sges.as_slice(), offset, len) {
                 let access = keys::Access::LocalRead;
-                let pin = keys.pin(piece.lkey, DOMAIN, piece.addr, u64::from(piece.len), access);
+                let pin = keys.pin(piece.lkey, entry.domain, piece.addr, u64::from(piece.len), access);
                 pins.push(pin.map_err(|_| Unbuildable)?);
                 sum += piece.len;
             }
@@ -247,7 +256,7 @@ fn pin_payload<'k>(
         }
         Payload::Memory { len: 0, .. } => Ok(0),
         Payload::Memory { rkey, va, len } => {
-            let pin = keys.pin(rkey, DOMAIN, va, u64::from(len), keys::Access::RemoteRead);
+            let pin = keys.pin(rkey, entry.domain, va, u64::from(len), keys::Access::RemoteRead);
             pins.push(pin.map_err(|_| Unbuildable)?);
             Ok(len)
         }

@@ -16,7 +16,7 @@ use bystander::Bystanders;
 use program::Program;
 use serde_json::json;
 use test_client::{Client, Opts};
-use test_support::{limit, until};
+use test_support::{limit, patience, until};
 use zerocopy::IntoBytes;
 
 /// A client at `src`, which has not connected yet.
@@ -133,9 +133,7 @@ fn small_packets_cost_little_memory() {
             if stranger.dial_all().is_err() {
                 break;
             }
-            let info = stranger.opts.info_req();
-            stranger.send_info(info.as_bytes()).unwrap();
-            stranger.wait_info().unwrap();
+            come_up(&mut stranger);
             // A byte here and there.
             let depth = stranger.geometry().queue_depth();
             for id in (0..depth).step_by(8) {
@@ -149,4 +147,33 @@ fn small_packets_cost_little_memory() {
         println!("{} MiB for {} sessions", more >> 20, strangers.len());
         assert!(more < 64 << 20, "{more} bytes");
     });
+}
+
+/// A client that is up.
+fn connected(program: &Program, src: IpAddr, name: &str) -> Client {
+    let mut client = client(program, src, name);
+    client.dial_all().unwrap();
+    come_up(&mut client);
+    client
+}
+
+/// All its connections are there.
+fn come_up(client: &mut Client) {
+    let info = client.opts.info_req();
+    client.send_info(info.as_bytes()).unwrap();
+    client.wait_info().unwrap();
+}
+
+#[test]
+fn keys_of_others_open_nothing() {
+    let program = Program::start(&json!({}));
+    let mut owner = connected(&program, program.ip(2), "owner");
+    let mut thief = connected(&program, program.ip(100), "thief");
+    let (own, of_owner) = (thief.chunk(3), owner.chunk(3));
+    thief.write_memory(0, own.addr, own.rkey, &[1; 64]).unwrap();
+    thief.pump_for(Duration::from_millis(100));
+    assert!(thief.is_up(), "its own key is good");
+    thief.write_memory(0, of_owner.addr, of_owner.rkey, &[2; 64]).unwrap();
+    assert!(thief.wait_closed(patience()), "the key of another client must break the connection");
+    owner.sess_info().unwrap();
 }

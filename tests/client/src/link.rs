@@ -81,6 +81,7 @@ impl Client {
             max_recv_wr: self.opts.recv_depth + 1,
             max_send_sge: 2,
             max_recv_sge: 1,
+            domain: verbs::Domain::COMMON,
         };
         let handle = self.cq.as_ref().expect("created above").handle();
         let qp = self.cm.create_qp(id, &caps, &handle)?;

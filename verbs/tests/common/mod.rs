@@ -10,7 +10,8 @@ use verbs::loopback::Fabric;
 use verbs::*;
 
 pub const FOREVER: ConnParams = ConnParams { read_depth: 4, ..ConnParams::FOREVER };
-pub const CAPS: QpCaps = QpCaps { max_send_wr: 16, max_recv_wr: 16, max_send_sge: 2, max_recv_sge: 2 };
+pub const CAPS: QpCaps =
+    QpCaps { max_send_wr: 16, max_recv_wr: 16, max_send_sge: 2, max_recv_sge: 2, domain: Domain::COMMON };
 /// Where receives and writes land, and where sends come from, in each end's region.
 pub const IN: usize = 0;
 pub const OUT: usize = 65536;
@@ -84,10 +85,20 @@ pub struct End {
     pub path: Option<(SocketAddr, SocketAddr)>,
 }
 
-pub const ALL: Access =
-    Access { local_write: true, remote_write: true, remote_read: true, window_bind: false };
-pub const WINDOWS: Access =
-    Access { local_write: true, remote_write: false, remote_read: false, window_bind: true };
+pub const ALL: Access = Access {
+    domain: Domain::COMMON,
+    local_write: true,
+    remote_write: true,
+    remote_read: true,
+    window_bind: false,
+};
+pub const WINDOWS: Access = Access {
+    domain: Domain::COMMON,
+    local_write: true,
+    remote_write: false,
+    remote_read: false,
+    window_bind: true,
+};
 
 /// How the two ends of a test are made.
 pub struct Setup {
