@@ -1,5 +1,7 @@
 //! Building and sending the packets of a turn.
 
+use std::mem::MaybeUninit;
+
 use roce_proto::icrc::Digest;
 use roce_proto::keys::{self, Pinned};
 use roce_proto::rc::{Outgoing, Payload};
@@ -175,8 +177,8 @@ fn retire(qps: &mut Qps, now: Nanos) {
     }
 }
 
-/// Bytes that are copied at a time for their checksum: what stays in the first-level cache.
-const BLOCK: usize = 1024;
+/// Bytes that are copied at a time for their checksum: the payload of a packet, which stays in the first-level cache.
+const BLOCK: usize = 4096;
 
 /// Writes one packet into the transmitter's batch; its payload stays where it is, pinned. Returns its bytes.
 fn build<'k>(
@@ -215,14 +217,17 @@ fn build<'k>(
 
 fn append(tx: &mut Transmitter, digest: &mut Digest, pin: &Pinned<'_>, small: bool) {
     let (start, len) = (pin.addr as *const u8, pin.len as usize);
-    let mut block = [0; BLOCK];
+    let mut block = [const { MaybeUninit::<u8>::uninit() }; BLOCK];
     for at in (0..len).step_by(BLOCK) {
-        let part = &mut block[..BLOCK.min(len - at)];
+        let n = BLOCK.min(len - at);
         // SAFETY: the table vouches that the bytes lie in a registered region which its owner cannot free before the guard
-        // is dropped, and `part` is on the stack. A peer may write there meanwhile, so no reference into the region is
-        // made: the copy is of either state, and so is what the kernel sends, whose ICRC then may not fit, which costs a
-        // repetition.
-        unsafe { std::ptr::copy_nonoverlapping(start.add(at), part.as_mut_ptr(), part.len()) };
+        // is dropped; `block` is on the stack and has room for `n`, which are initialised by the copy. A peer may write to
+        // the region meanwhile, so no reference into it is made: the copy is of either state, and so is what the kernel
+        // sends, whose ICRC then may not fit, which costs a repetition.
+        let part = unsafe {
+            std::ptr::copy_nonoverlapping(start.add(at), block.as_mut_ptr().cast(), n);
+            std::slice::from_raw_parts(block.as_ptr().cast(), n)
+        };
         digest.update(part);
         if small {
             tx.copy(part);
