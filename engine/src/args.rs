@@ -98,10 +98,9 @@ pub fn main_with(program: &str, options: Result<Options, String>, ended: impl Fn
 /// Takes what the system allows: each open device has a descriptor or two per reactor, and data memory is locked.
 fn raise_limits() {
     use rustix::process::{Resource, getrlimit, setrlimit};
-    for resource in [Resource::Nofile, Resource::Memlock] {
-        let mut limit = getrlimit(resource);
-        limit.current = limit.maximum;
-        // A refusal leaves the limit as it was; running into it is reported where it happens.
-        let _ = setrlimit(resource, limit);
-    }
+    reactor::descriptors::Budget::raise();
+    let mut limit = getrlimit(Resource::Memlock);
+    limit.current = limit.maximum;
+    // A refusal leaves the limit as it was; running into it is reported where it happens.
+    let _ = setrlimit(Resource::Memlock, limit);
 }

@@ -6,9 +6,11 @@
 //!
 //! The same loop, unpinned and always ready to sleep, serves as control thread.
 
+mod accepting;
 mod core;
 mod cpumask;
 mod crowd;
+pub mod descriptors;
 mod mailbox;
 mod poller;
 mod stats;
@@ -16,6 +18,7 @@ mod team;
 mod timer;
 mod waker;
 
+pub use crate::accepting::AcceptPause;
 pub use crate::core::{Reactor, SetupError, Turn};
 pub use crate::cpumask::{CpuMask, CpuMaskError};
 pub use crate::mailbox::{Handle, IdlePolicy, Message};
