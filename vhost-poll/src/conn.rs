@@ -69,6 +69,11 @@ impl Conn {
         self.socket.as_raw_fd()
     }
 
+    /// Descriptors that came with a message that is not all there.
+    pub(crate) fn descriptors(&self) -> usize {
+        self.fds.len()
+    }
+
     /// Whether the front end has closed its end.
     pub(crate) fn hung_up(&self) -> bool {
         let mut fds = [PollFd::new(&self.socket, PollFlags::RDHUP)];

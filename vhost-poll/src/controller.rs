@@ -9,9 +9,12 @@ use std::path::{Path, PathBuf};
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use iobuf::Registry;
-use reactor::{Handle, Polled, Poller, PollerId, Turn};
+use reactor::descriptors::Share;
+use reactor::{AcceptPause, Handle, Polled, Poller, PollerId, Turn};
+use rustix::fs::{AtFlags, CWD, Mode};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -19,8 +22,12 @@ use crate::disk::{Disk, DiskInfo};
 use crate::queue::Coalescing;
 use crate::session::{PlaceGuard, Session, SessionInfo};
 
-/// Front ends at once; more are turned away.
-const MAX_SESSIONS: usize = 64;
+/// Front ends at once. One more takes the place of one that has not started a queue, if there is such a one.
+pub const MAX_SESSIONS: usize = 64;
+/// Descriptors that a front end needs besides those of queues: its connection, the channel back, and some on their way.
+const BESIDES_QUEUES: usize = 4;
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 128;
 
 /// Chooses a reactor for a queue: its index in [`ControllerOptions::reactors`], and what to keep while the queue is
 /// there.
@@ -45,6 +52,30 @@ pub struct ControllerOptions {
     pub place: Place,
     /// Guests' memory is registered here.
     pub registry: Arc<Registry>,
+    /// Descriptors that one front end may hold here: its connection, kick, call and error of each queue, the channel back.
+    /// Files of memory are mapped and closed.
+    pub max_descriptors: usize,
+    /// What this controller may have of all.
+    pub descriptors: Share,
+}
+
+impl ControllerOptions {
+    /// Queues that a front end may have: as many as it may have kick and call descriptors for.
+    pub(crate) fn queues(&self) -> u16 {
+        queues(self.max_queues, self.max_descriptors)
+    }
+}
+
+/// Queues that a front end may have, of `max_queues`, with `max_descriptors` descriptors: each needs two, kick and call. An
+/// error descriptor is kept while there is room.
+pub fn queues(max_queues: u16, max_descriptors: usize) -> u16 {
+    let most = max_descriptors.saturating_sub(BESIDES_QUEUES) / 2;
+    max_queues.min(u16::try_from(most).unwrap_or(u16::MAX)).max(1)
+}
+
+/// Descriptors of a front end with `queues` queues that all have all three of theirs.
+pub fn descriptors(queues: u16) -> usize {
+    BESIDES_QUEUES + 3 * usize::from(queues)
 }
 
 /// Why a controller cannot listen.
@@ -103,6 +134,11 @@ struct Inner<D: Disk> {
     shared: Rc<Shared<D>>,
     listener: Option<Listener>,
     poller: Option<PollerId>,
+    /// When accepting has failed.
+    pause: AcceptPause,
+    /// When a front end was turned away.
+    turned_away: AcceptPause,
+    /// By age.
     sessions: Vec<(u64, Rc<RefCell<Session<D>>>)>,
     closed: Vec<Then>,
 }
@@ -120,25 +156,71 @@ struct ListenPoller<D: Disk>(Rc<RefCell<Inner<D>>>);
 
 impl<D: Disk> Poller for ListenPoller<D> {
     fn poll(&mut self, cx: &mut Turn<'_>) -> Polled {
-        let accepted = self.0.borrow().listener.as_ref().and_then(Listener::accept);
+        let accepted = self.0.borrow_mut().accept(cx);
         let Some(socket) = accepted else { return Polled::Idle };
         connected(cx, &self.0, socket);
         Polled::Busy
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.0.borrow().pause.until()
+    }
+}
+
+impl<D: Disk> Inner<D> {
+    /// The next connection; a pause, if there are no descriptors for it.
+    fn accept(&mut self, cx: &mut Turn<'_>) -> Option<OwnedFd> {
+        let listener = self.listener.as_mut()?;
+        if self.pause.holds(cx.now) {
+            return None;
+        }
+        listener.watch(cx, true);
+        match listener.accept() {
+            Ok(socket) => socket,
+            Err(e) => {
+                if self.pause.failed(cx.now) {
+                    let path = listener.path.display();
+                    tracing::error!(%path, "vhost: cannot accept front ends for now: {e}");
+                }
+                listener.watch(cx, false);
+                None
+            }
+        }
+    }
+
+    /// The front end that loses least if it makes room for another one: one that has said nothing, the oldest; else one that
+    /// has started no queue.
+    fn most_idle(&self) -> Option<Rc<RefCell<Session<D>>>> {
+        let idle = self.sessions.iter().filter_map(|(_, s)| Some((s.borrow().idleness()?, s)));
+        idle.min_by_key(|(has_spoken, _)| *has_spoken).map(|(_, s)| s.clone())
     }
 }
 
 fn connected<D: Disk>(cx: &mut Turn<'_>, inner: &Rc<RefCell<Inner<D>>>, socket: OwnedFd) {
     static NEXT: AtomicU64 = AtomicU64::new(0);
+    let mut lease = inner.borrow().shared.options.descriptors.lease();
+    if inner.borrow().sessions.len() >= MAX_SESSIONS || !lease.set(1) {
+        let idle = inner.borrow().most_idle();
+        if let Some(idle) = idle {
+            idle.borrow_mut().make_room(cx);
+        }
+    }
     let mut inner = inner.borrow_mut();
-    if inner.sessions.len() >= MAX_SESSIONS {
-        tracing::warn!(
-            controller = inner.shared.name,
-            "vhost: front end turned away, {MAX_SESSIONS} are connected"
-        );
+    let why = if inner.sessions.len() >= MAX_SESSIONS {
+        Some("as many are connected as there may be")
+    } else if !lease.set(1) {
+        Some("no descriptors are left of those that the limit of open files gives to vhost-user")
+    } else {
+        None
+    };
+    if let Some(why) = why {
+        if inner.turned_away.failed(cx.now) {
+            tracing::warn!(controller = inner.shared.name, "vhost: a front end is turned away: {why}");
+        }
         return;
     }
     let id = NEXT.fetch_add(1, Ordering::Relaxed);
-    match Session::start(cx, &inner.shared, id, socket) {
+    match Session::start(cx, &inner.shared, id, socket, lease) {
         Ok(session) => inner.sessions.push((id, session)),
         Err(e) => tracing::warn!(controller = inner.shared.name, "vhost: cannot serve a front end: {e}"),
     }
@@ -162,7 +244,7 @@ impl<D: Disk> Controller<D> {
     /// # Errors
     /// [`ListenError`].
     pub fn start(cx: &mut Turn<'_>, disk: Arc<D>, options: ControllerOptions) -> Result<Self, ListenError> {
-        let listener = Listener::bind(&options.path)?;
+        let mut listener = Listener::bind(&options.path)?;
         let info = RefCell::new(disk.info());
         let shared = Rc::new(Shared {
             name: options.name.clone(),
@@ -172,13 +254,16 @@ impl<D: Disk> Controller<D> {
             info,
             owner: RefCell::default(),
         });
-        let fd = listener.socket.as_raw_fd();
-        let path = listener.path.clone();
-        cx.watch(fd).map_err(|e| ListenError::System { path, source: e.into() })?;
+        if !listener.watch(cx, true) {
+            let source = std::io::Error::other("it cannot be waited for");
+            return Err(ListenError::System { path: listener.path.clone(), source });
+        }
         let inner = Rc::new(RefCell::new(Inner {
             shared: shared.clone(),
             listener: Some(listener),
             poller: None,
+            pause: AcceptPause::default(),
+            turned_away: AcceptPause::default(),
             sessions: Vec::new(),
             closed: Vec::new(),
         }));
@@ -243,8 +328,8 @@ impl<D: Disk> Controller<D> {
     pub fn close(&self, cx: &mut Turn<'_>, done: impl FnOnce(&mut Turn<'_>) + 'static) {
         let sessions: Vec<_> = {
             let mut inner = self.0.borrow_mut();
-            if let Some(listener) = inner.listener.take() {
-                cx.unwatch(listener.socket.as_raw_fd());
+            if let Some(mut listener) = inner.listener.take() {
+                listener.watch(cx, false);
             }
             if let Some(poller) = inner.poller.take() {
                 cx.remove_poller(poller);
@@ -278,6 +363,8 @@ impl<T> TakeIf<T> for Rc<Cell<Option<T>>> {
 struct Listener {
     socket: OwnedFd,
     path: PathBuf,
+    /// The reactor wakes for it.
+    watched: bool,
 }
 
 impl Listener {
@@ -288,22 +375,39 @@ impl Listener {
         let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
         let socket =
             rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(system)?;
+        // Linux gives the file the mode of the socket's inode, less the umask (`unix_bind` in net/unix/af_unix.c), so that
+        // there is no moment in which others could connect; what the umask has taken away from us comes back below.
+        let mode = Mode::RUSR | Mode::WUSR;
+        rustix::fs::fchmod(&socket, mode).map_err(system)?;
         rustix::net::bind(&socket, &address).map_err(|e| match e {
             Errno::ADDRINUSE => ListenError::InUse(path.to_owned()),
             e => system(e),
         })?;
-        rustix::net::listen(&socket, 16).map_err(system)?;
-        Ok(Self { socket, path: path.to_owned() })
+        // From here on the file is ours, and goes if the rest fails.
+        let listener = Self { socket, path: path.to_owned(), watched: false };
+        rustix::fs::chmodat(CWD, path, mode, AtFlags::empty()).map_err(system)?;
+        rustix::net::listen(&listener.socket, BACKLOG).map_err(system)?;
+        Ok(listener)
     }
 
-    fn accept(&self) -> Option<OwnedFd> {
-        match rustix::net::accept_with(&self.socket, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
-            Ok(socket) => Some(socket),
-            Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => None,
-            Err(e) => {
-                tracing::warn!(path = %self.path.display(), "vhost: accept: {e}");
-                None
+    /// Whether the reactor wakes for it, from now on. False if that cannot be had.
+    fn watch(&mut self, cx: &mut Turn<'_>, on: bool) -> bool {
+        match (self.watched, on) {
+            (false, true) => self.watched = cx.watch(self.socket.as_raw_fd()).is_ok(),
+            (true, false) => {
+                cx.unwatch(self.socket.as_raw_fd());
+                self.watched = false;
             }
+            _ => {}
+        }
+        self.watched == on
+    }
+
+    fn accept(&self) -> rustix::io::Result<Option<OwnedFd>> {
+        match rustix::net::accept_with(&self.socket, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC) {
+            Ok(socket) => Ok(Some(socket)),
+            Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => Ok(None),
+            Err(e) => Err(e),
         }
     }
 }

@@ -1,14 +1,18 @@
-//! Event descriptors that a front end sends: kick, call, error.
+//! Event descriptors that a front end sends: kick, call, error. It holds them as well, with their flags and counters, so
+//! nothing here relies on what either is at any time.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::io::IoSliceMut;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags};
 
-/// An eventfd that never blocks this process.
+use crate::bell::Bell;
+
+/// Where a driver tells that it has work.
 #[derive(Debug)]
-pub(crate) struct EventFd(OwnedFd);
+pub(crate) struct Kick(OwnedFd);
 
-/// Not an eventfd.
+/// Not an eventfd, or not to be used.
 #[derive(Debug, thiserror::Error)]
 pub enum EventFdError {
     /// Reading or writing anything else might block, or reach a file.
@@ -17,30 +21,43 @@ pub enum EventFdError {
     /// A system call on it.
     #[error("kick, call or error descriptor: {0}")]
     System(#[from] Errno),
+    /// No way to signal it.
+    #[error(
+        "a call or error descriptor cannot be signalled without waiting, neither by io_uring nor by AIO: {0}"
+    )]
+    Bell(std::io::Error),
 }
 
-impl EventFd {
-    /// Takes a descriptor from a front end, if it is an eventfd, and makes it non-blocking.
+/// Refuses what is no eventfd.
+fn check(fd: &OwnedFd) -> Result<(), EventFdError> {
+    let link = rustix::fs::readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()), Vec::new())?;
+    match link.to_bytes() {
+        b"anon_inode:[eventfd]" => Ok(()),
+        _ => Err(EventFdError::Kind(link.to_string_lossy().into_owned())),
+    }
+}
+
+/// A bell for a call or error descriptor of a front end, if it is an eventfd.
+pub(crate) fn bell(fd: OwnedFd) -> Result<Bell, EventFdError> {
+    check(&fd)?;
+    Bell::new(fd).map_err(EventFdError::Bell)
+}
+
+impl Kick {
+    /// Takes a descriptor from a front end, if it is an eventfd.
     pub(crate) fn check(fd: OwnedFd) -> Result<Self, EventFdError> {
-        let link = rustix::fs::readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()), Vec::new())?;
-        if link.to_bytes() != b"anon_inode:[eventfd]" {
-            return Err(EventFdError::Kind(link.to_string_lossy().into_owned()));
-        }
-        let flags = rustix::fs::fcntl_getfl(&fd)?;
-        if !flags.contains(rustix::fs::OFlags::NONBLOCK) {
-            rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK)?;
-        }
+        check(&fd)?;
         Ok(Self(fd))
     }
 
-    /// Adds one. A full counter wakes its reader as well, so that it fails does not matter.
-    pub(crate) fn signal(&self) {
-        let _ = rustix::io::write(self.0.as_fd(), &1u64.to_ne_bytes());
-    }
-
-    /// Sets it to zero.
+    /// Sets it to zero. Never waits, whatever O_NONBLOCK is at the moment (Linux 5.8 and later; before, it leaves the
+    /// counter, and the reactor is woken for nothing).
     pub(crate) fn drain(&self) {
-        let _ = rustix::io::read(self.0.as_fd(), &mut [0u8; 8]);
+        let mut count = [0u8; 8];
+        // At the present position, which an eventfd has none of: preadv2(2).
+        let here = u64::MAX;
+        let _ =
+            rustix::io::preadv2(&self.0, &mut [IoSliceMut::new(&mut count)], here, ReadWriteFlags::NOWAIT);
     }
 
     pub(crate) fn raw(&self) -> RawFd {
@@ -51,15 +68,26 @@ impl EventFd {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::event::{EventfdFlags, eventfd};
+    use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
     #[test]
-    fn only_eventfds_and_they_never_block() {
-        let fd = EventFd::check(eventfd(0, EventfdFlags::CLOEXEC).unwrap()).unwrap();
-        fd.drain();
-        fd.signal();
-        fd.drain();
-        let read = rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        assert!(matches!(EventFd::check(read), Err(EventFdError::Kind(_))));
+    fn a_kick_is_drained_and_an_empty_one_that_blocks_holds_nobody_up() {
+        let fd = eventfd(3, EventfdFlags::CLOEXEC).unwrap();
+        let ours = Kick::check(fd.try_clone().unwrap()).unwrap();
+        let thread = std::thread::spawn(move || {
+            ours.drain();
+            ours.drain();
+        });
+        test_support::until("two looks", || thread.is_finished());
+        let mut set = [PollFd::new(&fd, PollFlags::IN)];
+        assert_eq!(poll(&mut set, Some(&Timespec::default())), Ok(0));
+    }
+
+    #[test]
+    fn only_eventfds_are_taken() {
+        let memory = || rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        assert!(matches!(Kick::check(memory()), Err(EventFdError::Kind(_))));
+        assert!(matches!(bell(memory()), Err(EventFdError::Kind(_))));
+        assert!(bell(eventfd(0, EventfdFlags::CLOEXEC).unwrap()).is_ok());
     }
 }

@@ -57,6 +57,9 @@ pub enum AreaError {
         /// Needed.
         want: usize,
     },
+    /// Whoever touches it might wait for somebody else.
+    #[error("in-flight memory in a file of no file system whose pages come at once; {}", crate::file::WANTED)]
+    NotLocal,
     /// Mapping.
     #[error(transparent)]
     Map(#[from] MapError),
@@ -105,6 +108,9 @@ impl InflightArea {
         let want = area_len(queues, queue_size)?;
         if len < want as u64 {
             return Err(AreaError::Small { got: len, want });
+        }
+        if !crate::file::is_local(fd)? {
+            return Err(AreaError::NotLocal);
         }
         let mapped = (want + size_of::<u64>()).min(len as usize).next_multiple_of(iobuf::PAGE_SIZE);
         Ok(Self { region: Region::shared(fd, offset, mapped)?, queues, queue_size, len })

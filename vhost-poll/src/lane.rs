@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 
 use reactor::{Handle, Polled, Poller, PollerId, Turn};
 
+use crate::bell::Bell;
 use crate::disk::{Completion, Disk, DiskChannel};
-use crate::fd::EventFd;
+use crate::fd::Kick;
 use crate::queue::{Coalescing, Queue, QueueSetup, Scratch};
 use crate::ring::Memory;
 use crate::session::{Event, SessionKey};
@@ -220,7 +221,7 @@ impl<D: Disk> Lane<D> {
 
     fn start(&mut self, cx: &mut Turn<'_>, setup: QueueSetup) {
         let index = setup.index;
-        let err = setup.err.as_ref().map(|fd| fd.raw());
+        let err = setup.err.is_some();
         match Queue::new(setup, cx.now) {
             Ok(queue) => {
                 let at = usize::from(index);
@@ -234,7 +235,7 @@ impl<D: Disk> Lane<D> {
                 self.session.tell::<D>(Event::Started);
             }
             Err(why) => {
-                tracing::debug!(queue = index, ?err, "a queue did not start");
+                tracing::debug!(queue = index, err, "a queue did not start");
                 self.session.tell::<D>(Event::Refused { index, why });
             }
         }
@@ -349,7 +350,7 @@ impl LaneHandle {
         self.with::<D>(move |lane, _| lane.drain(index, Draining::Memory(memory)));
     }
 
-    pub(crate) fn set_kick<D: Disk>(&self, index: u16, kick: Option<Arc<EventFd>>) {
+    pub(crate) fn set_kick<D: Disk>(&self, index: u16, kick: Option<Arc<Kick>>) {
         self.change::<D>(index, |slot, cx| {
             // The old one must leave epoll before it is closed.
             slot.unwatch(cx);
@@ -358,11 +359,11 @@ impl LaneHandle {
         });
     }
 
-    pub(crate) fn set_call<D: Disk>(&self, index: u16, call: Option<Arc<EventFd>>) {
+    pub(crate) fn set_call<D: Disk>(&self, index: u16, call: Option<Arc<Bell>>) {
         self.change::<D>(index, |slot, _| slot.queue.set_call(call));
     }
 
-    pub(crate) fn set_err<D: Disk>(&self, index: u16, err: Option<Arc<EventFd>>) {
+    pub(crate) fn set_err<D: Disk>(&self, index: u16, err: Option<Arc<Bell>>) {
         self.change::<D>(index, |slot, _| slot.queue.set_err(err));
     }
 

@@ -17,12 +17,14 @@
 #[cfg(not(target_endian = "little"))]
 compile_error!("rings are little-endian, and this crate reads them as they are");
 
+mod bell;
 pub mod blk;
 mod chain;
 mod conn;
 pub mod controller;
 pub mod disk;
 mod fd;
+mod file;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 pub mod inflight;

@@ -54,6 +54,9 @@ pub enum MemoryError {
     /// Not memory.
     #[error("region {0:x?}: {1}")]
     File(RegionSpec, &'static str),
+    /// Whoever touches it might wait for somebody else.
+    #[error("region {0:x?}: its file is of no file system whose pages come at once; {wanted}", wanted = crate::file::WANTED)]
+    NotLocal(RegionSpec),
     /// The kernel or the file's size.
     #[error(transparent)]
     Map(#[from] MapError),
@@ -243,6 +246,9 @@ impl Segments<'_> {
 
 /// What has to be mapped for `spec`: whole pages, of the size that the file has (huge pages have their own).
 fn identify(spec: RegionSpec, file: BorrowedFd<'_>) -> Result<Identity, MemoryError> {
+    if !crate::file::is_local(file).map_err(|e| MemoryError::System(spec, e))? {
+        return Err(MemoryError::NotLocal(spec));
+    }
     let stat = rustix::fs::fstat(file).map_err(|e| MemoryError::System(spec, e))?;
     if rustix::fs::FileType::from_raw_mode(stat.st_mode) != rustix::fs::FileType::RegularFile {
         return Err(MemoryError::File(spec, "its descriptor is not of shared memory (memfd, file)"));

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::bell::Bell;
 use crate::blk::{self, Asked, Range};
 use crate::chain::{Broken, Chain, Descriptor};
 use crate::disk::{BlkStatus, DiskChannel, Op, Request};
-use crate::fd::EventFd;
+use crate::fd::Kick;
 use crate::inflight::{InflightArea, PackedInflight, SplitInflight};
 use crate::ring::packed::{PackedRing, Taken};
 use crate::ring::split::SplitRing;
@@ -47,9 +48,9 @@ pub(crate) struct QueueSetup {
     pub(crate) memory: Memory,
     pub(crate) base: Base,
     pub(crate) inflight: Option<InflightArea>,
-    pub(crate) kick: Option<Arc<EventFd>>,
-    pub(crate) call: Option<Arc<EventFd>>,
-    pub(crate) err: Option<Arc<EventFd>>,
+    pub(crate) kick: Option<Arc<Kick>>,
+    pub(crate) call: Option<Arc<Bell>>,
+    pub(crate) err: Option<Arc<Bell>>,
     pub(crate) enabled: bool,
     pub(crate) write_back: Arc<AtomicBool>,
     pub(crate) serial: [u8; 20],
@@ -124,9 +125,9 @@ pub(crate) struct Queue {
     /// Ended without the disk; a batch of used entries must not be interleaved with taking chains.
     ended: Vec<(u16, BlkStatus)>,
     replay: VecDeque<Replay>,
-    pub(crate) kick: Option<Arc<EventFd>>,
-    pub(crate) call: Option<Arc<EventFd>>,
-    err: Option<Arc<EventFd>>,
+    pub(crate) kick: Option<Arc<Kick>>,
+    pub(crate) call: Option<Arc<Bell>>,
+    err: Option<Arc<Bell>>,
     pub(crate) enabled: bool,
     broken: Option<Broken>,
     /// The present memory table has no place for the ring, which is not touched until one has.
@@ -479,21 +480,21 @@ impl Queue {
 
     fn signal(&mut self) {
         if let Some(call) = &self.call {
-            call.signal();
+            call.ring();
         }
     }
 
     /// Tells the driver now, whatever it said: after a change of its call descriptor.
-    pub(crate) fn set_call(&mut self, call: Option<Arc<EventFd>>) {
+    pub(crate) fn set_call(&mut self, call: Option<Arc<Bell>>) {
         self.call = call;
         self.signal();
     }
 
     /// Where to tell that the ring is stopped; tells at once if it is.
-    pub(crate) fn set_err(&mut self, err: Option<Arc<EventFd>>) {
+    pub(crate) fn set_err(&mut self, err: Option<Arc<Bell>>) {
         self.err = err;
         if let Some(err) = self.err.as_ref().filter(|_| self.broken.is_some()) {
-            err.signal();
+            err.ring();
         }
     }
 
@@ -590,7 +591,7 @@ impl Queue {
         self.broken = Some(why);
         self.replay.clear();
         if let Some(err) = &self.err {
-            err.signal();
+            err.ring();
         }
     }
 }

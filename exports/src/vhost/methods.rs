@@ -8,7 +8,7 @@ use rpc::{MethodTable, Responder, RpcError, States};
 use rustix::io::Errno;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use vhost_poll::Coalescing;
+use vhost_poll::{Coalescing, controller};
 
 use super::state::{self, Spec, TRANSPORT, state};
 
@@ -32,7 +32,10 @@ pub(super) const TEXTS: &[MethodText] = &[
         "vhost_set_options",
         "true",
         "`socket_dir`: where controllers whose names are not absolute paths have their sockets, /var/tmp unless set. \
-         `max_queues`: virtqueues that a guest may use, 1 to 256, 256 unless set.",
+         `max_descriptors`: file descriptors that one front end may hold here, 8 to 1024: its connection, and kick, call and \
+         error of each queue. `max_queues`: virtqueues that a guest may use, 1 to 256. Unless either is set they are 64 and 30; \
+         where only `max_queues` is, there are as many descriptors as these need. QEMU asks for as many queues as the guest has \
+         processors, unless `num-queues` says otherwise.",
     ),
     (
         "vhost_create_blk_controller",
@@ -40,7 +43,8 @@ pub(super) const TEXTS: &[MethodText] = &[
         "Offers the bdev `dev_name` to virtual machines as a vhost-user-blk device. `ctrlr` is the socket: a name below \
          `socket_dir`, or an absolute path. `readonly`: guests cannot write. `packed_ring`: offer packed virtqueues \
          too. `cpumask`: cores of the reactors that serve it, all if absent; queues are spread over them. Several front \
-         ends may connect. `transport` is vhost_user_blk.",
+         ends may connect, 64 at most: then one more takes the place of one that has not started a queue. The socket has mode \
+         0600. `transport` is vhost_user_blk.",
     ),
     ("vhost_delete_controller", "true", "Deletes a controller. -EBUSY while a virtual machine is connected."),
     (
@@ -48,7 +52,8 @@ pub(super) const TEXTS: &[MethodText] = &[
         "a list of controllers",
         "Lists controllers, or the one called `name`, with the front ends that are connected. `write_cache`: whether \
          completed writes of the guest may be in a cache, as it has chosen; else each is stable. `bdev` is null after the bdev \
-         was removed.",
+         was removed. `limits`: front ends that there may be, descriptors that each may hold, and how many all of them may \
+         hold as things are, which follows the limit of open files and what other controllers leave.",
     ),
     (
         "vhost_controller_set_coalescing",
@@ -69,6 +74,7 @@ pub(super) const TEXTS: &[MethodText] = &[
 struct SetOptions {
     socket_dir: Option<PathBuf>,
     max_queues: Option<u16>,
+    max_descriptors: Option<u16>,
 }
 
 fn set_options(app: &mut App, p: SetOptions) -> Result<bool, RpcError> {
@@ -82,10 +88,27 @@ fn set_options(app: &mut App, p: SetOptions) -> Result<bool, RpcError> {
     if let Some(n) = p.max_queues.filter(|n| !(1..=256).contains(n)) {
         return invalid("max_queues", format!("max_queues {n}: 1 to 256 is right"));
     }
+    if let Some(n) = p.max_descriptors.filter(|n| !(8..=1024).contains(n)) {
+        return invalid("max_descriptors", format!("max_descriptors {n}: 8 to 1024 is right"));
+    }
     let state = state(app)?;
-    let options = &mut state.borrow_mut().options;
-    options.socket_dir = p.socket_dir.unwrap_or_else(|| std::mem::take(&mut options.socket_dir));
-    options.max_queues = p.max_queues.unwrap_or(options.max_queues);
+    let mut state = state.borrow_mut();
+    let queues = p.max_queues.or(state.options.max_queues);
+    let descriptors = p.max_descriptors.or(state.options.max_descriptors);
+    if let (Some(queues), Some(descriptors)) = (queues, descriptors) {
+        let fit = controller::queues(queues, descriptors.into());
+        if fit < queues {
+            let text = format!(
+                "max_descriptors {descriptors} are enough for {fit} queues, and max_queues is {queues}: {} are right",
+                controller::descriptors(queues)
+            );
+            return invalid("max_descriptors", text);
+        }
+    }
+    if let Some(dir) = p.socket_dir {
+        state.options.socket_dir = dir;
+    }
+    (state.options.max_queues, state.options.max_descriptors) = (queues, descriptors);
     Ok(true)
 }
 

@@ -10,11 +10,12 @@ use std::sync::Arc;
 use bdev::{Event, Mode};
 use engine::App;
 use engine::placement::Placement;
+use reactor::descriptors::{Budget, Part, Pool, Share};
 use reactor::{CpuMask, Handle, Turn};
 use rpc::RpcError;
 use rustix::io::Errno;
 use serde_json::{Value, json};
-use vhost_poll::{Coalescing, Controller, ControllerOptions, ListenError};
+use vhost_poll::{Coalescing, Controller, ControllerOptions, ListenError, controller};
 
 use super::disk::BdevDisk;
 
@@ -25,22 +26,35 @@ pub(super) const TRANSPORT: &str = "vhost_user_blk";
 pub(super) struct Options {
     /// Where controllers' sockets are, unless their names are absolute paths.
     pub socket_dir: PathBuf,
-    /// Queues that a guest may have.
-    pub max_queues: u16,
+    /// Queues that a guest may have, if that was set.
+    pub max_queues: Option<u16>,
+    /// Descriptors that a front end may hold, if that was set.
+    pub max_descriptors: Option<u16>,
 }
+
+/// Descriptors that a front end may hold, unless somebody has said how many, or how many queues it may have.
+const FEW_DESCRIPTORS: usize = 64;
 
 impl Default for Options {
     fn default() -> Self {
-        Self { socket_dir: "/var/tmp".into(), max_queues: 256 }
+        Self { socket_dir: "/var/tmp".into(), max_queues: None, max_descriptors: None }
     }
 }
 
 /// State of the subsystem.
-#[derive(Default)]
 pub(super) struct VhostState {
     pub(super) options: Options,
     pub(super) controllers: BTreeMap<String, Entry>,
     last_run: u64,
+    /// Descriptors of all front ends.
+    pub(super) descriptors: Pool,
+}
+
+impl Default for VhostState {
+    fn default() -> Self {
+        let descriptors = Pool::new(Budget::of_process().share(Part::Vhost));
+        Self { options: Options::default(), controllers: BTreeMap::new(), last_run: 0, descriptors }
+    }
 }
 
 /// As `vhost_create_blk_controller` asks for it.
@@ -61,6 +75,10 @@ pub(super) struct Entry {
     disk: Arc<BdevDisk>,
     /// Tells it from a former one of the same name.
     run: u64,
+    /// That one front end may hold.
+    max_descriptors: usize,
+    /// Of all its front ends.
+    descriptors: Share,
     /// The bdev was removed.
     pub(super) gone: bool,
     /// It is being deleted, or the program ends.
@@ -93,11 +111,14 @@ pub(super) fn create(app: &mut App, cx: &mut Turn<'_>, spec: Spec) -> Result<boo
     state.borrow_mut().last_run = run;
     let disk = Arc::new(BdevDisk::new(open(app, &spec, run)?));
     let path = state.borrow().options.socket_dir.join(&spec.name);
+    let descriptors = state.borrow().descriptors.share();
     let options = ControllerOptions {
         name: spec.name.clone(),
         path,
         packed_ring: spec.packed_ring,
-        max_queues: state.borrow().options.max_queues,
+        max_queues: state.borrow().options.max_queues(),
+        max_descriptors: state.borrow().options.max_descriptors(),
+        descriptors: descriptors.clone(),
         reactors,
         place: Box::new(move || {
             let place = placement.take();
@@ -107,7 +128,18 @@ pub(super) fn create(app: &mut App, cx: &mut Turn<'_>, spec: Spec) -> Result<boo
     };
     let controller = Controller::start(cx, disk.clone(), options).map_err(|e| listen_error(&e))?;
     let name = spec.name.clone();
-    let entry = Entry { spec, mask, controller, disk, run, gone: false, closing: false };
+    let max_descriptors = state.borrow().options.max_descriptors();
+    let entry = Entry {
+        spec,
+        mask,
+        controller,
+        disk,
+        run,
+        max_descriptors,
+        descriptors,
+        gone: false,
+        closing: false,
+    };
     state.borrow_mut().controllers.insert(name, entry);
     Ok(true)
 }
@@ -217,6 +249,7 @@ impl Entry {
                     "max_queues": s.max_queues,
                     "inflight_task_cnt": s.inflight,
                     "write_cache": s.write_cache,
+                    "descriptors": s.descriptors,
                 })
             })
             .collect();
@@ -228,6 +261,12 @@ impl Entry {
             "iops_threshold": iops_threshold,
             "socket": self.path(),
             "sessions": sessions,
+            "limits": {
+                "sessions": controller::MAX_SESSIONS,
+                "descriptors_per_session": self.max_descriptors,
+                "descriptors": self.descriptors.limit(),
+                "descriptors_used": self.descriptors.used(),
+            },
             "backend_specific": {
                 "block": { "readonly": self.spec.read_only, "bdev": bdev, "transport": TRANSPORT },
             },
@@ -262,13 +301,31 @@ impl Entry {
 }
 
 impl Options {
+    /// Queues that a guest may have, if it may have as many descriptors.
+    pub(super) fn max_queues(&self) -> u16 {
+        self.max_queues.unwrap_or(256)
+    }
+
+    /// Descriptors that a front end may hold.
+    pub(super) fn max_descriptors(&self) -> usize {
+        let for_queues = self.max_queues.map_or(0, controller::descriptors);
+        self.max_descriptors.map_or(FEW_DESCRIPTORS.max(for_queues), usize::from)
+    }
+
     /// The calls that make them again.
     pub(super) fn config(&self) -> Vec<Value> {
         let default = Self::default();
-        if self.socket_dir == default.socket_dir && self.max_queues == default.max_queues {
+        let own = self.max_queues.is_some() || self.max_descriptors.is_some();
+        if self.socket_dir == default.socket_dir && !own {
             return Vec::new();
         }
-        let params = json!({ "socket_dir": self.socket_dir, "max_queues": self.max_queues });
+        let mut params = json!({ "socket_dir": self.socket_dir });
+        if let Some(n) = self.max_queues {
+            params["max_queues"] = n.into();
+        }
+        if let Some(n) = self.max_descriptors {
+            params["max_descriptors"] = n.into();
+        }
         vec![json!({ "method": "vhost_set_options", "params": params })]
     }
 }

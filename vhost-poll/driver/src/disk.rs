@@ -356,6 +356,11 @@ impl Disk {
         }
     }
 
+    /// The eventfd of kicks.
+    pub fn kick_fd(&self, queue: usize) -> &OwnedFd {
+        &self.queues[queue].kick
+    }
+
     /// The eventfd of interrupts.
     pub fn call_fd(&self, queue: usize) -> &OwnedFd {
         &self.queues[queue].call

@@ -12,7 +12,7 @@ use super::vring::Vring;
 use super::{End, LaneUse, Pending, Session};
 use crate::blk;
 use crate::disk::Disk;
-use crate::fd::EventFd;
+use crate::fd::{Kick, bell};
 use crate::inflight::InflightArea;
 use crate::lane::LaneHandle;
 use crate::memory::{GuestMemory, MAX_REGIONS, RegionSpec};
@@ -41,7 +41,7 @@ impl<D: Disk> Session<D> {
         match message {
             Message::GetFeatures => return self.answer(request, self.offered()),
             Message::GetProtocolFeatures => return self.answer(request, protocol_features().bits()),
-            Message::GetQueueNum => return self.answer(request, self.shared.options.max_queues.into()),
+            Message::GetQueueNum => return self.answer(request, self.shared.options.queues().into()),
             Message::GetMaxMemSlots => return self.answer(request, MAX_REGIONS as u64),
             Message::GetStatus => return self.answer(request, self.status),
             Message::GetConfig { offset, size, flags } => return self.config(request, offset, size, flags),
@@ -89,7 +89,12 @@ impl<D: Disk> Session<D> {
             }
             Message::SetVringFd { index, which, .. } => self.set_vring_fd(index, which, fds)?,
             Message::SetVringEnable { index, enable } => self.set_enabled(index, enable)?,
-            Message::SetBackendReqFd => self.backend_req = fds.into_iter().next(),
+            Message::SetBackendReqFd => {
+                if self.backend_req.is_none() {
+                    self.room_for_one()?;
+                }
+                self.backend_req = fds.into_iter().next();
+            }
             Message::SetConfig { offset, data } => self.set_config(offset, &data),
             Message::SetInflightFd { len, offset, queues, queue_size } => {
                 if let Some(fd) = fds.first() {
@@ -171,7 +176,7 @@ impl<D: Disk> Session<D> {
             self.driver_write_back = Some(true);
         }
         let write_back = self.driver_write_back.unwrap_or(self.write_back.load(Ordering::Relaxed));
-        let config = blk::config(&self.shared.info(), self.shared.options.max_queues, write_back);
+        let config = blk::config(&self.shared.info(), self.shared.options.queues(), write_back);
         space[..config.len()].copy_from_slice(&config);
         payload.extend(&space[from..from + len]);
         Ok(self.conn.reply(request, &payload, None)?)
@@ -229,7 +234,7 @@ impl<D: Disk> Session<D> {
     }
 
     fn vring(&mut self, index: u32) -> Result<&mut Vring, End> {
-        let most = self.shared.options.max_queues;
+        let most = self.shared.options.queues();
         if index >= u32::from(most) {
             return Err(End::NoQueue { index, most });
         }
@@ -248,17 +253,43 @@ impl<D: Disk> Session<D> {
     }
 
     fn set_vring_fd(&mut self, index: u32, which: VringFd, fds: Vec<OwnedFd>) -> Result<(), End> {
-        let fd = fds.into_iter().next().map(EventFd::check).transpose()?.map(Arc::new);
+        let mut fd = fds.into_iter().next();
+        if fd.is_some() && !self.vring(index)?.has_fd(which) {
+            match self.room_for_one() {
+                // Nothing but a word about a broken ring goes there: a front end does without.
+                Err(why) if which == VringFd::Err => {
+                    tracing::debug!(
+                        session = self.key.id,
+                        queue = index,
+                        "vhost: no error descriptor: {why}"
+                    );
+                    fd = None;
+                }
+                room => room?,
+            }
+        }
         let vring = self.vring(index)?;
-        vring.set_fd(which, fd.clone());
-        let lane = vring.lane().map(|l| self.lanes[l].handle.clone());
-        let index = index as u16;
-        match (lane, which) {
-            (Some(lane), VringFd::Kick) => lane.set_kick::<D>(index, fd),
-            (Some(lane), VringFd::Call) => lane.set_call::<D>(index, fd),
-            (Some(lane), VringFd::Err) => lane.set_err::<D>(index, fd),
-            (None, VringFd::Kick) => self.start_all(),
-            (None, _) => {}
+        let lane = vring.lane();
+        let at = index as u16;
+        match which {
+            VringFd::Kick => {
+                let kick = fd.map(Kick::check).transpose()?.map(Arc::new);
+                vring.set_kick(kick.clone());
+                match lane {
+                    Some(lane) => self.lanes[lane].handle.set_kick::<D>(at, kick),
+                    None => self.start_all(),
+                }
+            }
+            VringFd::Call | VringFd::Err => {
+                let bell = fd.map(bell).transpose()?.map(Arc::new);
+                let place = if which == VringFd::Call { &mut vring.call } else { &mut vring.err };
+                place.clone_from(&bell);
+                match lane.map(|lane| &self.lanes[lane].handle) {
+                    Some(lane) if which == VringFd::Call => lane.set_call::<D>(at, bell),
+                    Some(lane) => lane.set_err::<D>(at, bell),
+                    None => {}
+                }
+            }
         }
         Ok(())
     }

@@ -18,6 +18,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
+use reactor::descriptors::Lease;
 use reactor::{Handle, Polled, Poller, PollerId, Turn};
 
 use crate::chain::Broken;
@@ -89,6 +90,8 @@ pub struct SessionInfo {
     pub max_queues: usize,
     /// Requests in flight.
     pub inflight: u32,
+    /// Descriptors that it holds: the connection, and what the front end has sent.
+    pub descriptors: usize,
     /// Completed writes may be in a cache; else each is stable.
     pub write_cache: bool,
     /// The front end has closed its end, which the session has yet to see.
@@ -135,6 +138,10 @@ pub(crate) struct Session<D: Disk> {
     key: SessionKey,
     shared: Rc<Shared<D>>,
     conn: Conn,
+    /// For `descriptors()`, at least.
+    lease: Lease,
+    /// A whole message has come.
+    has_spoken: bool,
     poller: Option<PollerId>,
     features: u64,
     protocol: u64,
@@ -166,12 +173,13 @@ impl<D: Disk> Poller for SessionPoller<D> {
 }
 
 impl<D: Disk> Session<D> {
-    /// Serves the connection `socket`.
+    /// Serves the connection `socket`, which `lease` is for.
     pub(crate) fn start(
         cx: &mut Turn<'_>,
         shared: &Rc<Shared<D>>,
         id: u64,
         socket: OwnedFd,
+        lease: Lease,
     ) -> rustix::io::Result<Rc<RefCell<Self>>> {
         let conn = Conn::new(socket);
         cx.watch(conn.raw())?;
@@ -179,6 +187,8 @@ impl<D: Disk> Session<D> {
             key: SessionKey { id, control: cx.handle().clone() },
             shared: shared.clone(),
             conn,
+            lease,
+            has_spoken: false,
             poller: None,
             features: 0,
             protocol: 0,
@@ -213,9 +223,39 @@ impl<D: Disk> Session<D> {
             started: self.vrings.iter().any(Vring::is_running),
             max_queues: self.vrings.len(),
             inflight: self.lanes.iter().map(|l| l.inflight.load(Ordering::Relaxed)).sum(),
+            descriptors: self.descriptors(),
             write_cache: self.write_back.load(Ordering::Relaxed),
             hung_up: self.conn.hung_up(),
         }
+    }
+
+    /// Descriptors that it holds.
+    fn descriptors(&self) -> usize {
+        let vrings: usize = self.vrings.iter().map(Vring::descriptors).sum();
+        1 + usize::from(self.backend_req.is_some()) + vrings + self.conn.descriptors()
+    }
+
+    /// Whether one descriptor more may be kept.
+    fn room_for_one(&mut self) -> Result<(), End> {
+        let (held, most) = (self.descriptors(), self.shared.options.max_descriptors);
+        if held >= most {
+            return Err(End::Descriptors { most });
+        }
+        if self.lease.set(held + 1) { Ok(()) } else { Err(End::NoDescriptors { held }) }
+    }
+
+    /// Gives back what is not held any more, and counts what has come with half a message.
+    fn count_descriptors(&mut self) -> Result<(), End> {
+        let (held, most) = (self.descriptors(), self.shared.options.max_descriptors);
+        if held > most {
+            return Err(End::Descriptors { most });
+        }
+        if self.lease.set(held) { Ok(()) } else { Err(End::NoDescriptors { held }) }
+    }
+
+    /// How little is lost if it is closed for another front end's sake; `None` if queues of it have run.
+    pub(crate) fn idleness(&self) -> Option<bool> {
+        (!self.has_run).then_some(self.has_spoken)
     }
 
     fn poll(&mut self, cx: &mut Turn<'_>) -> bool {
@@ -223,8 +263,8 @@ impl<D: Disk> Session<D> {
             if !matches!(self.pending, Pending::Nothing) {
                 return n > 0;
             }
-            match self.receive() {
-                Ok(true) => {}
+            match self.receive().and_then(|any| self.count_descriptors().map(|()| any)) {
+                Ok(true) => self.has_spoken = true,
                 Ok(false) => return n > 0,
                 Err(why) => {
                     self.lost(cx, &why);
@@ -242,6 +282,11 @@ impl<D: Disk> Session<D> {
         tracing::debug!(session = self.key.id, ?message, "vhost: message");
         self.obey(header, message, fds)?;
         Ok(true)
+    }
+
+    /// Makes room for another front end.
+    pub(crate) fn make_room(&mut self, cx: &mut Turn<'_>) {
+        self.lost(cx, &End::MakesRoom);
     }
 
     /// The connection is of no use any more.
@@ -418,6 +463,16 @@ pub(crate) enum End {
         "the front end has taken its memory away: it made the file shorter, or the file system has no page left for it"
     )]
     Truncated,
+    #[error(
+        "the front end has sent more descriptors than the {most} that one may have (vhost_set_options, max_descriptors)"
+    )]
+    Descriptors { most: usize },
+    #[error(
+        "the front end has {held} descriptors, and no more are left for it of those that the limit of open files gives to vhost-user"
+    )]
+    NoDescriptors { held: usize },
+    #[error("another front end has come, of as many as there may be, and this one has not started a queue")]
+    MakesRoom,
     #[error("{0} while the queue runs; GET_VRING_BASE stops it")]
     Running(&'static str),
 }

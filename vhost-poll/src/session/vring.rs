@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::fd::EventFd;
+use crate::bell::Bell;
+use crate::fd::Kick;
 use crate::ring::{Base, RingConfig};
 use crate::session::PlaceGuard;
 use crate::wire::VringFd;
@@ -14,9 +15,9 @@ pub(super) struct Vring {
     pub(super) base: Option<Base>,
     /// A kick descriptor, or the word that there is none, was sent: the ring is to run.
     kicked: bool,
-    pub(super) kick: Option<Arc<EventFd>>,
-    pub(super) call: Option<Arc<EventFd>>,
-    pub(super) err: Option<Arc<EventFd>>,
+    pub(super) kick: Option<Arc<Kick>>,
+    pub(super) call: Option<Arc<Bell>>,
+    pub(super) err: Option<Arc<Bell>>,
     pub(super) enabled: bool,
     /// Index of its lane, and its place there.
     running: Option<(usize, PlaceGuard)>,
@@ -32,11 +33,20 @@ impl Vring {
         self.has_addr = true;
     }
 
-    pub(super) fn set_fd(&mut self, which: VringFd, fd: Option<Arc<EventFd>>) {
+    pub(super) fn set_kick(&mut self, kick: Option<Arc<Kick>>) {
+        (self.kick, self.kicked) = (kick, true);
+    }
+
+    /// Descriptors of the front end that it keeps.
+    pub(super) fn descriptors(&self) -> usize {
+        usize::from(self.kick.is_some()) + usize::from(self.call.is_some()) + usize::from(self.err.is_some())
+    }
+
+    pub(super) fn has_fd(&self, which: VringFd) -> bool {
         match which {
-            VringFd::Kick => (self.kick, self.kicked) = (fd, true),
-            VringFd::Call => self.call = fd,
-            VringFd::Err => self.err = fd,
+            VringFd::Kick => self.kick.is_some(),
+            VringFd::Call => self.call.is_some(),
+            VringFd::Err => self.err.is_some(),
         }
     }
 

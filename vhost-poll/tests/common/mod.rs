@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use iobuf::{Region, Registry, Segment};
+use reactor::descriptors::Pool;
 use reactor::{Handle, IdlePolicy, Reactor, ReactorStats, Turn};
 use test_support::recv;
 pub use test_support::until as eventually;
@@ -198,6 +199,8 @@ pub fn options(path: &Path, reactors: Vec<Handle>) -> ControllerOptions {
         reactors,
         place: Box::new(move || (next.fetch_add(1, Ordering::Relaxed) as usize % count, Box::new(()))),
         registry: Registry::new(),
+        max_descriptors: 64,
+        descriptors: Pool::new(4096).share(),
     }
 }
 
