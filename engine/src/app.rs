@@ -178,6 +178,10 @@ impl Poller for RpcPoller {
     fn poll(&mut self, _: &mut Turn<'_>) -> Polled {
         self.1.poll(&mut self.0.borrow_mut()).into()
     }
+
+    fn deadline(&self) -> Option<Instant> {
+        self.1.deadline()
+    }
 }
 
 /// Signals of one meaning, as bytes in a socket pair.

@@ -189,10 +189,14 @@ fn methods_answer_as_spdks() {
         shown[0],
         json!({
             "ctrlr": "c0", "cpumask": "0x1", "delay_base_us": 100, "iops_threshold": 5000,
-            "socket": program.dir.join("c0"), "sessions": sessions,
+            "socket": program.dir.join("c0"), "sessions": sessions, "limits": shown[0]["limits"],
             "backend_specific": { "block": { "readonly": false, "bdev": "M0", "transport": "vhost_user_blk" } },
         })
     );
+    let limits = &shown[0]["limits"];
+    assert_eq!((&limits["sessions"], &limits["descriptors_per_session"]), (&json!(64), &json!(64)));
+    assert_eq!(limits["descriptors_used"], sessions[0]["descriptors"]);
+    assert!(limits["descriptors"].as_u64() > limits["descriptors_used"].as_u64(), "{limits}");
     assert_eq!(sessions[0]["started"], true);
     assert_eq!(sessions[0]["max_queues"], 2);
     assert_eq!(sessions[0]["inflight_task_cnt"], 0);

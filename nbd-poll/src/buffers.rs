@@ -1,5 +1,7 @@
 //! Data memory for requests of one reactor's connections.
 
+use std::cell::RefCell;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -35,8 +37,46 @@ pub struct Buffers {
     own: Arc<AtomicUsize>,
     /// Of one peer.
     share: Share,
-    /// Somebody waits for memory outside the pools.
+    /// Somebody waits for memory.
     wanted: Arc<AtomicBool>,
+    /// Who waits for memory outside the pools, in order.
+    line: Rc<RefCell<Line>>,
+}
+
+#[derive(Debug, Default)]
+struct Line {
+    next: u64,
+    waiting: Vec<Waiter>,
+}
+
+#[derive(Debug)]
+struct Waiter {
+    ticket: u64,
+    share: Share,
+    len: usize,
+}
+
+/// A connection's place among those who wait for memory outside the pools. Whoever came first gets it first, unless it is
+/// his own share that he waits for.
+#[derive(Debug, Default)]
+pub(crate) struct Place {
+    ticket: Option<u64>,
+    line: Rc<RefCell<Line>>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}
+
+impl Place {
+    /// It waits no more.
+    pub(crate) fn leave(&mut self) {
+        if let Some(ticket) = self.ticket.take() {
+            self.line.borrow_mut().waiting.retain(|w| w.ticket != ticket);
+        }
+    }
 }
 
 /// Memory outside the pools that all connections of one peer have on one reactor, bytes. Cheap to clone.
@@ -90,6 +130,7 @@ impl Buffers {
             own: Arc::default(),
             share: Share::default(),
             wanted: Arc::default(),
+            line: Rc::default(),
         })
     }
 
@@ -98,7 +139,7 @@ impl Buffers {
         Self { share: share.clone(), ..self.clone() }
     }
 
-    /// Whether somebody has waited for memory outside the pools since the last call.
+    /// Whether somebody has waited for memory since the last call.
     pub fn take_wanted(&self) -> bool {
         self.wanted.swap(false, Ordering::Relaxed)
     }
@@ -118,14 +159,35 @@ impl Buffers {
         Some(Data::Own(Own { region, len, totals }))
     }
 
-    /// Whether this peer may have `len` bytes more outside the pools.
-    pub(crate) fn may_own(&self, len: usize) -> bool {
-        let left = OWN_MAX.saturating_sub(self.own.load(Ordering::Relaxed));
-        let may = self.share.0.load(Ordering::Relaxed) + len <= left;
-        if !may {
-            self.wanted.store(true, Ordering::Relaxed);
+    /// A connection's place in the line, not taken yet.
+    pub(crate) fn place(&self) -> Place {
+        Place { ticket: None, line: self.line.clone() }
+    }
+
+    /// Whether this peer may have `len` bytes more outside the pools now. If not, it waits at `place`.
+    pub(crate) fn may_own(&self, len: usize, place: &mut Place) -> bool {
+        if self.could_own(len, place) {
+            place.leave();
+            return true;
         }
-        may
+        self.wanted.store(true, Ordering::Relaxed);
+        if place.ticket.is_none() {
+            let mut line = self.line.borrow_mut();
+            let ticket = line.next;
+            line.next += 1;
+            line.waiting.push(Waiter { ticket, share: self.share.clone(), len });
+            place.ticket = Some(ticket);
+        }
+        false
+    }
+
+    /// As [`Buffers::may_own`], and changes nothing.
+    pub(crate) fn could_own(&self, len: usize, place: &Place) -> bool {
+        let left = OWN_MAX.saturating_sub(self.own.load(Ordering::Relaxed));
+        let fits = |share: &Share, len: usize| share.0.load(Ordering::Relaxed) + len <= left;
+        let before = |w: &Waiter| place.ticket.is_none_or(|t| w.ticket < t);
+        let goes_first = |w: &Waiter| before(w) && fits(&w.share, w.len);
+        fits(&self.share, len) && !self.line.borrow().waiting.iter().any(goes_first)
     }
 
     /// Memory for `len` bytes, or `None`: try again when other requests have ended.
@@ -143,6 +205,7 @@ impl Buffers {
         }
         let count = len.div_ceil(LARGE_BUFFER);
         if self.large.available() < count {
+            self.wanted.store(true, Ordering::Relaxed);
             return None;
         }
         Some(Data::Pooled((0..count).filter_map(|_| self.large.take()).collect()))
@@ -249,9 +312,12 @@ mod tests {
         assert_eq!(buffers.in_use(), (0, 0));
         let own = buffers.take(2 << 20).unwrap();
         assert!(matches!(own, Data::Own(_)));
-        assert!(buffers.may_own(OWN_MAX - (4 << 20)) && !buffers.may_own(OWN_MAX - (3 << 20)));
+        let place = buffers.place();
+        assert!(
+            buffers.could_own(OWN_MAX - (4 << 20), &place) && !buffers.could_own(OWN_MAX - (3 << 20), &place)
+        );
         drop(own);
-        assert!(buffers.may_own(OWN_MAX));
+        assert!(buffers.could_own(OWN_MAX, &place));
         assert_eq!(buffers.in_use(), (0, 0));
     }
 
@@ -260,7 +326,8 @@ mod tests {
         const ONE: usize = 32 << 20;
         let all = Buffers::new(&Registry::default()).unwrap();
         let take = |peer: &Buffers| -> Vec<Data> {
-            std::iter::from_fn(|| peer.may_own(ONE).then(|| peer.own(ONE).unwrap())).collect()
+            std::iter::from_fn(|| peer.may_own(ONE, &mut peer.place()).then(|| peer.own(ONE).unwrap()))
+                .collect()
         };
         let greedy = all.of(&Share::default());
         let held = take(&greedy);
@@ -271,6 +338,34 @@ mod tests {
         assert_eq!(theirs.iter().map(Vec::len).collect::<Vec<_>>(), [2, 1, 1]);
         drop((held, theirs));
         assert_eq!(take(&others[0]).len(), 4);
+    }
+
+    #[test]
+    fn who_waits_longest_is_next_unless_it_is_for_his_own_share() {
+        const ONE: usize = 32 << 20;
+        let all = Buffers::new(&Registry::default()).unwrap();
+        let peers: Vec<Buffers> = (0..11).map(|_| all.of(&Share::default())).collect();
+        let mut places: Vec<Place> = peers.iter().map(Buffers::place).collect();
+        let mut held: Vec<Data> = (0..8)
+            .map(|n| {
+                assert!(peers[n].may_own(ONE, &mut places[n]));
+                peers[n].own(ONE).unwrap()
+            })
+            .collect();
+        // One who has some already waits for more; then two who have nothing.
+        for n in [0, 8, 9] {
+            assert!(!peers[n].may_own(ONE, &mut places[n]), "{n}");
+        }
+        held.pop();
+        for n in [0, 9, 10] {
+            assert!(!peers[n].may_own(ONE, &mut places[n]), "{n}: it is another's turn");
+        }
+        assert!(peers[8].could_own(ONE, &places[8]) && peers[8].may_own(ONE, &mut places[8]));
+        // Whoever leaves holds nobody up.
+        places[9] = peers[9].place();
+        assert!(peers[10].may_own(ONE, &mut places[10]));
+        drop(places);
+        assert!(all.line.borrow().waiting.is_empty());
     }
 
     #[test]

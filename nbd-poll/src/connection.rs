@@ -10,7 +10,7 @@ use nbd_proto::transmission::{Event, Transmission, Violation, Want};
 use nbd_proto::wire::ErrorCode;
 
 use crate::Segments;
-use crate::buffers::Buffers;
+use crate::buffers::{Buffers, Place};
 use crate::listener::Socket;
 use crate::outbox::Outbox;
 use crate::slots::{RequestId, Slots};
@@ -46,9 +46,9 @@ pub enum End {
     /// The client has begun a request and does not go on with it.
     #[error("a request was begun, and nothing of the rest has come in time")]
     Stalled,
-    /// The client does not read its answers, which hold memory that others wait for.
-    #[error("the answers are not read, and others wait for their memory")]
-    Unread,
+    /// The client reads its answers, or sends the data of a write, too slowly, and others wait for the memory.
+    #[error("it goes on too slowly with a request or its answers, and others wait for their memory")]
+    Slow,
     /// The socket failed, or there is no memory for a very long request.
     #[error("the connection has failed: {0}")]
     Failed(#[from] io::Error),
@@ -83,6 +83,10 @@ pub struct Connection {
     writing: Option<RequestId>,
     /// A request for which there is no memory now.
     waiting: Option<Request>,
+    /// While that is a long one.
+    place: Place,
+    /// Bytes of payloads that have come, ever.
+    taken: u64,
     /// Requests that the upper layer has.
     in_flight: usize,
     end: Option<End>,
@@ -113,9 +117,11 @@ impl Connection {
             staging: Staging::new(agreed.framing.request_len()),
             slots: Slots::new(agreed.framing),
             outbox: Outbox::new(),
+            place: buffers.place(),
             buffers,
             writing: None,
             waiting: None,
+            taken: 0,
             in_flight: 0,
             end: None,
         })
@@ -205,17 +211,15 @@ impl Connection {
         self.end.is_none() && self.waiting.is_none() && self.slots.has_room() && begun
     }
 
-    /// The socket takes no more answers now.
-    pub fn is_blocked(&self) -> bool {
-        self.outbox.is_blocked()
+    /// Memory waits for the client: to send the rest of a write, or to read its answers. How many bytes of either have gone,
+    /// ever. `None`: none does.
+    #[inline]
+    pub fn keeps_waiting(&self) -> Option<u64> {
+        let waits = self.writing.is_some() || self.outbox.is_blocked() && self.slots.has_data();
+        waits.then(|| self.taken + self.outbox.total())
     }
 
-    /// Answers with much memory wait for the client to read: how many bytes it has read, ever. `None`: none do.
-    pub fn unread(&self) -> Option<u64> {
-        (self.outbox.is_blocked() && self.slots.has_own()).then(|| self.outbox.total())
-    }
-
-    /// The client has let its time pass: `why` is [`End::Stalled`] or [`End::Unread`].
+    /// The client has let its time pass: `why` is [`End::Stalled`] or [`End::Slow`].
     pub fn time_out(&mut self, why: End) {
         if self.end.is_none() {
             self.finish(why);
@@ -328,6 +332,7 @@ impl Connection {
             rest = later;
         }
         self.staging.consume(n);
+        self.taken += n as u64;
         n as u32
     }
 
@@ -370,6 +375,7 @@ impl Connection {
         if let Moved::Some(n) = moved {
             let of_payload = n.min(payload);
             self.staging.filled(n - of_payload);
+            self.taken += of_payload as u64;
             if of_payload > 0
                 && let Some(event) = self.machine.payload(of_payload as u32)
             {
@@ -407,7 +413,7 @@ impl Connection {
     fn admit_waiting(&mut self, out: &mut Vec<Incoming>) -> bool {
         let Some(request) = self.waiting else { return true };
         let (len, before) = self.memory_for(&request);
-        if Buffers::is_own(len) && (self.slots.has_own() || !self.buffers.may_own(len)) {
+        if Buffers::is_own(len) && (self.slots.has_own() || !self.buffers.may_own(len, &mut self.place)) {
             return false;
         }
         let pooled = self.buffers.take(len);
@@ -437,7 +443,7 @@ impl Connection {
         let (len, _) = self.memory_for(request);
         let stuck = self.in_flight == 0 && self.outbox.is_empty();
         if Buffers::is_own(len) {
-            !self.slots.has_own() && self.buffers.may_own(len)
+            !self.slots.has_own() && self.buffers.could_own(len, &self.place)
         } else {
             stuck || self.buffers.has(len)
         }
@@ -470,6 +476,7 @@ impl Connection {
             self.slots.release(id);
         }
         self.waiting = None;
+        self.place.leave();
         match &self.end {
             None => self.end = Some(end),
             Some(End::Disconnect) => self.end = Some(end),

@@ -39,11 +39,13 @@ pub(crate) struct Slots {
     free: Vec<u32>,
     /// Requests with memory of their own.
     own: usize,
+    /// Requests with memory.
+    lent: usize,
 }
 
 impl Slots {
     pub(crate) fn new(framing: Framing) -> Self {
-        Self { framing, slots: Vec::new(), free: Vec::new(), own: 0 }
+        Self { framing, slots: Vec::new(), free: Vec::new(), own: 0, lent: 0 }
     }
 
     pub(crate) fn has_room(&self) -> bool {
@@ -53,6 +55,11 @@ impl Slots {
     /// A request has memory outside the pools.
     pub(crate) fn has_own(&self) -> bool {
         self.own > 0
+    }
+
+    /// A request or an answer has memory.
+    pub(crate) fn has_data(&self) -> bool {
+        self.lent > 0
     }
 
     /// A place for a request; `answer_len` bytes of `data` go out with a good answer, after the first `before`. The device
@@ -73,6 +80,7 @@ impl Slots {
             self.slots.len() as u32 - 1
         });
         self.own += usize::from(matches!(data, Data::Own(_)));
+        self.lent += usize::from(!matches!(data, Data::None));
         let slot = &mut self.slots[index as usize];
         (slot.to, slot.len, slot.before, slot.answer_len) = (to, len, before, answer_len);
         (slot.data, slot.used) = (data, true);
@@ -179,6 +187,7 @@ impl Slots {
 
     fn give_back(&mut self, data: Data) {
         self.own -= usize::from(matches!(data, Data::Own(_)));
+        self.lent -= usize::from(!matches!(data, Data::None));
     }
 }
 

@@ -1,7 +1,7 @@
 //! An acceptor with clients on real sockets, in one thread.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::TcpStream;
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -51,7 +51,7 @@ struct Bench {
     catalog: Numbers,
     events: Vec<Event>,
     now: Instant,
-    room: usize,
+    admits: bool,
     path: PathBuf,
 }
 
@@ -62,7 +62,7 @@ impl Bench {
         let listener = Listener::bind(&Address::Unix(path.clone())).unwrap();
         let acceptor = Acceptor::new(listener, options).unwrap();
         let catalog = Numbers::new(20);
-        Self { acceptor, catalog, events: Vec::new(), now: Instant::now(), room: 1000, path }
+        Self { acceptor, catalog, events: Vec::new(), now: Instant::now(), admits: true, path }
     }
 
     fn client(&self) -> UnixStream {
@@ -71,10 +71,15 @@ impl Bench {
         client
     }
 
+    fn turn(&mut self) -> bool {
+        let admits = self.admits;
+        self.acceptor.poll(self.now, &|_: &Peer| admits, &self.catalog, &mut self.events)
+    }
+
     /// Polls until there is nothing to do.
     fn run(&mut self) {
         let mut turns = 0;
-        while self.acceptor.poll(self.now, self.room, &self.catalog, &mut self.events) {
+        while self.turn() {
             turns += 1;
             assert!(turns < 10_000, "never comes to rest");
         }
@@ -137,7 +142,7 @@ fn a_client_chooses_and_its_first_request_stays_in_the_socket() {
     assert_eq!(&bytes[..7], b"request");
     // The acceptor has let go of it.
     client.write_all(b"more").unwrap();
-    assert!(!b.acceptor.poll(b.now, b.room, &b.catalog, &mut b.events));
+    assert!(!b.turn());
 }
 
 #[test]
@@ -150,7 +155,7 @@ fn byte_by_byte_over_tcp() {
     client.set_nodelay(true).unwrap();
     let (mut events, start) = (Vec::new(), Instant::now());
     let poll = |acceptor: &mut Acceptor, events: &mut Vec<Event>| {
-        acceptor.poll(start, 10, &catalog, events);
+        acceptor.poll(start, &|_: &Peer| true, &catalog, events);
     };
     for byte in [FLAGS.as_slice(), &request(opt::LIST, b""), &go("0002")].concat() {
         client.write_all(&[byte]).unwrap();
@@ -211,21 +216,113 @@ fn handshakes_and_connections_have_limits() {
     let mut b = Bench::new("limits", options);
     let mut clients: Vec<UnixStream> = (0..5).map(|_| b.client()).collect();
     b.run();
-    // The others wait in the backlog, and nothing keeps the thread awake.
+    // The first two have made room, and nothing keeps the thread awake.
     assert_eq!(b.acceptor.handshakes(), 3);
-    assert!(!b.acceptor.poll(b.now, b.room, &b.catalog, &mut b.events));
-    clients.remove(0);
-    assert!(matches!(b.event(), Event::Failed(_, HandshakeError::Closed)));
-    assert_eq!(b.acceptor.handshakes(), 3);
+    let displaced = |e: &Event| matches!(e, Event::Failed(_, HandshakeError::Displaced));
+    assert!(b.events.len() == 2 && b.events.iter().all(displaced), "{:?}", b.events);
+    b.events.clear();
+    assert!(!b.turn());
+    for (n, client) in clients.iter_mut().enumerate() {
+        client.set_nonblocking(false).unwrap();
+        let mut hello = [0; 18];
+        client.read_exact(&mut hello).unwrap();
+        client.set_nonblocking(true).unwrap();
+        let more = client.read(&mut [0]);
+        if n < 2 {
+            assert_eq!(more.unwrap(), 0)
+        } else {
+            assert_eq!(more.unwrap_err().kind(), ErrorKind::WouldBlock)
+        }
+    }
     clients.clear();
     b.run();
     b.events.clear();
     assert_eq!(b.acceptor.handshakes(), 0);
-    b.room = 1;
-    let (mut first, mut second) = (b.client(), b.client());
+    b.admits = false;
+    let mut refused = b.client();
     assert!(matches!(b.event(), Event::Failed(_, HandshakeError::Full)));
-    assert_eq!(b.said(&mut first).len(), 18);
-    assert_eq!(b.said(&mut second), b"");
+    assert_eq!(b.said(&mut refused), b"");
+}
+
+/// A client from 127.0.0.`host`.
+fn tcp_client(port: u16, host: u8) -> TcpStream {
+    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::STREAM, None);
+    let socket = socket.unwrap();
+    rustix::net::bind(&socket, &SocketAddr::from((Ipv4Addr::new(127, 0, 0, host), 0))).unwrap();
+    rustix::net::connect(&socket, &SocketAddr::from((Ipv4Addr::LOCALHOST, port))).unwrap();
+    TcpStream::from(socket)
+}
+
+/// As many silent ones as there may be, of one address, of two, of all different ones; some have said a little.
+#[test]
+fn who_has_most_makes_room() {
+    type Host = fn(u8) -> u8;
+    let crowds: [Host; 3] = [|_| 9, |n| 9 + n % 2, |n| 20 + n];
+    for (hosts, speaks) in crowds.into_iter().flat_map(|h| [(h, false), (h, true)]) {
+        let listener = Listener::bind(&Address::Tcp("127.0.0.1:0".parse().unwrap())).unwrap();
+        let Address::Tcp(addr) = listener.address().clone() else { panic!() };
+        let options = AcceptorOptions { max_handshakes: 16, ..AcceptorOptions::default() };
+        let mut acceptor = Acceptor::new(listener, options).unwrap();
+        let (catalog, mut events, mut now) = (Numbers::new(3), Vec::new(), Instant::now());
+        let mut crowd = Vec::new();
+        for round in 0..3u8 {
+            // More of the crowd come in the middle of the bystander's handshake.
+            let mut bystander = tcp_client(addr.port(), 5);
+            let mut step = |acceptor: &mut Acceptor, events: &mut Vec<Event>| {
+                now += Duration::from_millis(1);
+                acceptor.poll(now, &|_: &Peer| true, &catalog, events)
+            };
+            let mut hello = [0; 18];
+            bystander.set_nonblocking(true).unwrap();
+            test_support::until("the greeting", || {
+                step(&mut acceptor, &mut events);
+                bystander.read_exact(&mut hello).is_ok()
+            });
+            for byte in [FLAGS.as_slice(), &go("0002")].concat() {
+                bystander.write_all(&[byte]).unwrap();
+                let mut stranger = tcp_client(addr.port(), hosts(round * 40 + crowd.len() as u8 % 40));
+                if speaks {
+                    stranger.write_all(&FLAGS).unwrap();
+                }
+                crowd.push(stranger);
+                while step(&mut acceptor, &mut events) {}
+                assert!(acceptor.handshakes() <= 16);
+            }
+            test_support::until("the bystander's end", || {
+                step(&mut acceptor, &mut events);
+                events.iter().any(|e| matches!(e, Event::Accepted(_)))
+            });
+            let ours = |e: &&Event| match e {
+                Event::Accepted(a) => a.who.peer == Peer::Tcp(bystander.local_addr().unwrap()),
+                Event::Failed(who, _) | Event::Left(who) => {
+                    who.peer == Peer::Tcp(bystander.local_addr().unwrap())
+                }
+                Event::Paused(_) => true,
+            };
+            let of_us: Vec<&Event> = events.iter().filter(ours).collect();
+            assert!(matches!(of_us[..], [Event::Accepted(_)]), "{of_us:?}");
+            events.clear();
+        }
+    }
+}
+
+/// A byte from time to time puts nothing off.
+#[test]
+fn a_handshake_has_one_deadline() {
+    let mut b = Bench::new("trickle", AcceptorOptions::default());
+    let start = b.now;
+    let mut client = b.client();
+    b.run();
+    let bytes = [FLAGS.as_slice(), &request(opt::LIST, b"").repeat(3)].concat();
+    for byte in &bytes[..18] {
+        b.now += Duration::from_millis(500);
+        client.write_all(&[*byte]).unwrap();
+        b.run();
+        assert_eq!(b.acceptor.deadline(), Some(start + Duration::from_secs(10)));
+    }
+    b.now = start + Duration::from_secs(10);
+    client.write_all(&bytes[18..19]).unwrap();
+    assert!(matches!(b.event(), Event::Failed(_, HandshakeError::TimedOut)));
 }
 
 #[test]

@@ -19,6 +19,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
+use std::time::Instant;
+
+use reactor::AcceptPause;
 
 /// The most connections at a time; further ones wait in the listen queue (SPDK `SPDK_JSONRPC_MAX_CONNS`).
 pub const MAX_CONNECTIONS: usize = 64;
@@ -64,8 +67,12 @@ pub struct Server<C> {
     answers: mpsc::Receiver<Answer>,
     connections: Vec<Option<Connection>>,
     next_generation: u64,
-    /// Whether epoll watches the listener; not while all slots are taken.
+    /// Whether epoll watches the listener; not while all slots are taken, or in a pause.
     accepting: bool,
+    /// When there was no descriptor for a connection, not even to refuse it.
+    pause: AcceptPause,
+    /// When a connection was refused.
+    refusals: AcceptPause,
     /// A descriptor to give up when there are no others, so that a connection can be refused instead of waiting for
     /// ever in the queue and keeping `epoll` readable.
     reserve: Option<OwnedFd>,
@@ -99,6 +106,8 @@ impl<C: 'static> Server<C> {
             connections: (0..MAX_CONNECTIONS).map(|_| None).collect(),
             next_generation: 0,
             accepting: true,
+            pause: AcceptPause::default(),
+            refusals: AcceptPause::default(),
             reserve: open_reserve(),
             scratch: vec![0; 64 << 10],
         })
@@ -126,6 +135,9 @@ impl<C: 'static> Server<C> {
     /// Requests of a connection are started in their order, without waiting for deferred replies of earlier ones, in
     /// batches as well; replies are sent in the order of completion, those of a batch together.
     pub fn poll(&mut self, cx: &mut C) -> bool {
+        if !self.accepting {
+            self.update_accepting();
+        }
         let mut events = [const { MaybeUninit::uninit() }; MAX_CONNECTIONS + 2];
         // Fails with EINTR only, and the next call will see the same events.
         let Ok((events, _)) = epoll::wait(&self.epoll, &mut events, Some(&Timespec::default())) else {
@@ -152,7 +164,15 @@ impl<C: 'static> Server<C> {
         busy
     }
 
+    /// When there is something to do though [`Server::as_fd`] is quiet.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.pause.until()
+    }
+
     fn accept(&mut self) {
+        if self.pause.holds(Instant::now()) {
+            return;
+        }
         while let Some(slot) = self.connections.iter().position(Option::is_none) {
             match self.listener.accept() {
                 Ok(Some(fd)) => self.add_connection(slot, fd),
@@ -171,11 +191,17 @@ impl<C: 'static> Server<C> {
         self.next_generation += 1;
     }
 
-    /// No descriptors are left (or worse): closes the connection, which the peer notices at once.
+    /// No descriptors are left (or worse): closes the connection, which the peer notices at once; or, if not even that is
+    /// possible, waits.
     fn refuse_connection(&mut self, errno: Errno) {
-        tracing::warn!(error = %errno, "cannot accept an RPC connection; it is refused");
+        let now = Instant::now();
+        if self.refusals.failed(now) {
+            tracing::warn!(error = %errno, "cannot accept an RPC connection; it is refused");
+        }
         drop(self.reserve.take());
-        let _ = self.listener.accept();
+        if self.listener.accept().is_err() {
+            self.pause.failed(now);
+        }
         self.reserve = open_reserve();
     }
 
@@ -290,7 +316,7 @@ impl<C: 'static> Server<C> {
     }
 
     fn update_accepting(&mut self) {
-        let accepting = self.connections.iter().any(Option::is_none);
+        let accepting = !self.pause.holds(Instant::now()) && self.connections.iter().any(Option::is_none);
         if accepting == self.accepting {
             return;
         }

@@ -56,14 +56,24 @@ impl AllowList {
         self.0.iter().map(|(allow, _)| allow).collect()
     }
 
+    /// Whether an entry says where clients come from, and `peer` does.
+    pub(super) fn names(&self, peer: &Peer) -> bool {
+        let says = |(allow, network): &&(Allow, Option<Network>)| network.is_some() || allow.uid.is_some();
+        self.0.iter().filter(says).any(|entry| Self::is_place(entry, peer))
+    }
+
+    fn is_place((allow, network): &(Allow, Option<Network>), peer: &Peer) -> bool {
+        match peer {
+            Peer::Unix { uid, .. } => network.is_none() && allow.uid.is_none_or(|u| u == *uid),
+            Peer::Tcp(addr) => allow.uid.is_none() && network.is_none_or(|n| n.has(addr.ip())),
+        }
+    }
+
     /// What `who` may have.
     pub(super) fn access(&self, who: &Identity) -> Access {
-        let place = |(allow, network): &(Allow, Option<Network>)| match who.peer {
-            Peer::Unix { uid, .. } => network.is_none() && allow.uid.is_none_or(|u| u == uid),
-            Peer::Tcp(addr) => allow.uid.is_none() && network.is_none_or(|n| n.has(addr.ip())),
-        };
         let name = who.tls.as_ref().and_then(|t| t.common_name.as_deref());
-        let mut rest = self.0.iter().filter(|e| place(e)).map(|(allow, _)| allow.tls_cn.as_deref());
+        let mut rest =
+            self.0.iter().filter(|e| Self::is_place(e, &who.peer)).map(|(allow, _)| allow.tls_cn.as_deref());
         if self.0.is_empty() || rest.clone().any(|cn| cn.is_none() || cn == name) {
             Access::Granted
         } else if who.tls.is_none() && rest.next().is_some() {
@@ -114,6 +124,9 @@ mod tests {
         ] {
             assert_eq!(some.access(&who), access, "{who}");
         }
+        let names = |who: Identity| some.names(&who.peer);
+        assert!(names(tcp("10.1.2.3", None)) && names(unix(7)) && names(tcp("192.0.2.9", None)));
+        assert!(!names(tcp("192.0.3.1", None)) && !names(unix(8)) && !all.names(&unix(5).peer));
         let local = list(serde_json::json!([{"uid": 7}])).unwrap();
         assert_eq!(local.access(&unix(8)), Access::Denied);
         assert_eq!(local.access(&tcp("10.0.0.1", None)), Access::Denied);

@@ -1,12 +1,11 @@
 //! One connection, on its reactor and as the control thread knows it.
 
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bdev::Descriptor;
-use nbd_poll::listener::{Peer, Socket};
+use nbd_poll::listener::{Socket, Source};
 use nbd_poll::{Buffers, Connection, End, Incoming, RequestId};
 use nbd_proto::request::Command;
 
@@ -17,10 +16,13 @@ use super::fence::{Fence, Raised};
 use super::pace::Pace;
 use super::question::{Answer, Questions};
 use super::ranges::{Armed, RangeLock};
+use super::server::Rate;
 
 /// How long a client may take to read its last answers.
 const LINGER: Duration = Duration::from_secs(5);
-/// Later, when nobody has waited for it.
+/// After somebody has waited for its memory: whether anybody still does.
+const LOOK_TWICE: Duration = Duration::from_millis(100);
+/// After nobody has.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// Turns without work after which a connection is waited for instead of asked. Some tens of microseconds.
 const COLD_AFTER: u32 = 200;
@@ -40,32 +42,17 @@ pub(super) struct NewClient {
     pub(super) fence: Fence,
     /// Of the export.
     pub(super) ranges: RangeLock,
-    /// Its peer, for what peers share.
-    pub(super) peer: PeerKey,
-    /// How long it may leave a request unfinished, or answers unread that others need the memory of.
+    /// Whom it counts for in what is shared.
+    pub(super) source: Source,
+    /// How long it may leave a request unfinished.
     pub(super) stall: Duration,
+    /// How fast it must go on with what others need the memory of.
+    pub(super) rate: Rate,
     /// What its requests are checked against.
     pub(super) limits: nbd_proto::request::Export,
     /// How it speaks.
     pub(super) agreed: Agreed,
     pub(super) stats: Arc<Stats>,
-}
-
-/// Whom a connection counts for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum PeerKey {
-    Address(IpAddr),
-    /// Number and user.
-    Process(u32, u32),
-}
-
-impl PeerKey {
-    pub(super) fn of(peer: &Peer) -> Self {
-        match peer {
-            Peer::Tcp(address) => Self::Address(address.ip().to_canonical()),
-            Peer::Unix { pid, uid } => Self::Process(*pid, *uid),
-        }
-    }
 }
 
 /// Requests of a connection. Written by its reactor only.
@@ -109,6 +96,17 @@ impl Stats {
     }
 }
 
+/// What a client has to do with its memory, and by when.
+#[derive(Clone, Copy, Debug)]
+struct Progress {
+    /// Bytes that had gone when the time began.
+    from: u64,
+    /// By then there must be enough.
+    until: Instant,
+    /// There were not, and somebody waited.
+    seen: bool,
+}
+
 /// A connection in its lane.
 pub(super) struct Client {
     pub(super) id: u64,
@@ -130,9 +128,10 @@ pub(super) struct Client {
     drop_at: Option<Instant>,
     /// Nothing more has come of a request that was begun, and by then it is too late.
     stall_at: Option<Instant>,
-    /// How much it had read when it stopped reading answers with much memory, and until when it may have that.
-    unread: Option<(u64, Instant)>,
+    /// How it goes on, while memory waits for it.
+    progress: Option<Progress>,
     stall: Duration,
+    rate: Rate,
     fence: Fence,
     raised: Option<Raised>,
 }
@@ -154,8 +153,9 @@ impl Client {
             size: new.limits.size,
             drop_at: None,
             stall_at: None,
-            unread: None,
+            progress: None,
             stall: new.stall,
+            rate: new.rate,
             fence: new.fence,
             raised: None,
         })
@@ -194,17 +194,20 @@ impl Client {
         self.connection.before_sleep()
     }
 
-    /// Ends the connection of a client that has begun a request and does not go on, or has `wanted` memory and does not
-    /// read. True if it has.
+    /// Ends the connection of a client that has begun a request and does not go on, or goes on too slowly with what has
+    /// `wanted` memory. True if it has.
     pub(super) fn shed_if_stalled(&mut self, now: Instant, wanted: bool) -> bool {
-        if let Some((_, until)) = &mut self.unread
-            && *until <= now
-        {
-            if wanted {
-                self.connection.time_out(End::Unread);
+        // Behind a fence nobody gets on.
+        let slow = self.progress.as_mut().filter(|p| p.until <= now && !self.fence.is_up());
+        if let Some(progress) = slow {
+            if wanted && progress.seen {
+                self.connection.time_out(End::Slow);
                 return true;
             }
-            *until = now + LOOK_AGAIN;
+            progress.seen = wanted;
+            progress.until = now + if wanted { LOOK_TWICE } else { LOOK_AGAIN };
+        } else if let Some(progress) = self.progress.as_mut().filter(|p| p.until <= now) {
+            progress.until = now + self.rate.time;
         }
         if self.stall_at.is_none_or(|t| t > now) {
             return false;
@@ -218,16 +221,14 @@ impl Client {
         stalled
     }
 
-    /// Looks whether answers that hold much memory are being read; after they were sent.
-    pub(super) fn mind_unread(&mut self, now: Instant) {
-        if self.unread.is_none() && !self.connection.is_blocked() {
-            return;
-        }
-        match (self.connection.unread(), self.unread) {
-            (Some(read), Some((before, _))) if read == before => {}
-            (Some(read), _) => self.unread = Some((read, now + self.stall)),
-            (None, _) => self.unread = None,
-        }
+    /// Looks how the client goes on with what has memory; after answers were sent.
+    pub(super) fn mind_progress(&mut self, now: Instant) {
+        let gone = self.connection.keeps_waiting();
+        self.progress = match (gone, self.progress) {
+            (None, _) => None,
+            (Some(gone), Some(progress)) if gone - progress.from < self.rate.bytes => Some(progress),
+            (Some(from), _) => Some(Progress { from, until: now + self.rate.time, seen: false }),
+        };
     }
 
     /// Answers the question that was the next.
@@ -282,12 +283,12 @@ impl Client {
 
     /// For the reactor's sleep.
     pub(super) fn deadline(&self) -> Option<Instant> {
-        if self.drop_at.is_none() && self.stall_at.is_none() && self.unread.is_none() {
+        if self.drop_at.is_none() && self.stall_at.is_none() && self.progress.is_none() {
             return None;
         }
-        let unread = self.unread.map(|(_, until)| until);
+        let progress = self.progress.map(|p| p.until);
         let drop_at = self.drop_at.filter(|_| self.connection.in_flight() == 0);
-        drop_at.into_iter().chain(self.stall_at).chain(unread).min()
+        drop_at.into_iter().chain(self.stall_at).chain(progress).min()
     }
 
     /// Counts quiet turns; true if the connection may be waited for from now on, and its descriptor is armed.

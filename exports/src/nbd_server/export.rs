@@ -5,7 +5,7 @@ use std::ops::Bound;
 
 use bdev::{Descriptor, Info, Op};
 use nbd_poll::MAX_PAYLOAD;
-use nbd_poll::listener::{Identity, Shelf};
+use nbd_poll::listener::{Identity, Peer, Shelf};
 use nbd_proto::haggle::wire::MAX_STRING;
 use nbd_proto::haggle::{self, BlockSizes, Refusal};
 use nbd_proto::request;
@@ -135,6 +135,11 @@ impl Exports {
 
     pub(super) fn by_id(&self, id: u64) -> Option<(&String, &Export)> {
         self.0.iter().find(|(_, e)| e.id == id)
+    }
+
+    /// Whether the allow list of some export says where a client comes from, and `peer` does.
+    pub(super) fn name(&self, peer: &Peer) -> bool {
+        self.0.values().any(|export| export.allow.names(peer))
     }
 
     pub(super) fn clear(&mut self) {

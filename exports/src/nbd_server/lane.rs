@@ -12,12 +12,13 @@ use std::time::Instant;
 
 use bdev::Completions;
 use iobuf::Registry;
-use nbd_poll::{Buffers, Incoming, Share};
+use nbd_poll::listener::Source;
+use nbd_poll::{Buffers, End, Incoming, Share};
 use nbd_proto::wire::ErrorCode;
 use reactor::{Handle, Polled, Poller, Turn};
 use rustix::event::{Timespec, epoll};
 
-use super::client::{Client, NewClient, PeerKey};
+use super::client::{Client, NewClient};
 use super::disk::{self, Disk, Tag};
 use super::question::{Answer, Question};
 use super::ranges::{Ticket, Waker};
@@ -55,14 +56,14 @@ struct Base {
     buffers: Buffers,
     /// The connections by their places.
     epoll: OwnedFd,
-    /// What each peer has of the memory outside the pools.
-    shares: HashMap<PeerKey, Share>,
+    /// What each source has of the memory outside the pools.
+    shares: HashMap<Source, Share>,
 }
 
 impl Base {
-    fn of_peer(&mut self, peer: PeerKey) -> Buffers {
+    fn of_source(&mut self, source: Source) -> Buffers {
         self.shares.retain(|_, share| share.is_used());
-        self.buffers.of(self.shares.entry(peer).or_default())
+        self.buffers.of(self.shares.entry(source).or_default())
     }
 }
 
@@ -114,7 +115,7 @@ impl Lane {
     fn try_add(&mut self, cx: &mut Turn<'_>, new: NewClient) -> Result<(), String> {
         let base = self.base(cx)?;
         let epoll = base.epoll.try_clone().map_err(|e| e.to_string())?;
-        let buffers = base.of_peer(new.peer);
+        let buffers = base.of_source(new.source);
         let disk = self.disk(cx, &new)?;
         let place = self.clients.iter().position(Option::is_none).unwrap_or(self.clients.len());
         let client = Client::new(new, disk, buffers, cx.now).and_then(|client| {
@@ -221,7 +222,7 @@ impl Lane {
     }
 
     fn tell_end(&self, id: u64, why: String) {
-        Server::send(&self.control, move |server, cx| server.connection_ended(cx, id, &why));
+        Server::send(&self.control, move |server, cx| server.connection_ended(cx, id, &why, false));
     }
 
     fn poll(&mut self, cx: &mut Turn<'_>) -> bool {
@@ -374,7 +375,7 @@ impl Lane {
     fn send_answers(&mut self, cx: &mut Turn<'_>, place: u32) -> bool {
         let Some(client) = self.clients[place as usize].as_mut() else { return false };
         client.connection.send();
-        client.mind_unread(cx.now);
+        client.mind_progress(cx.now);
         if client.mind_fence()
             && let Some(disk) = self.disks[client.disk].as_mut()
         {
@@ -416,11 +417,12 @@ impl Lane {
             // Before its descriptor is closed, whose number may be somebody's soon.
             let _ = epoll::delete(&base.epoll, borrow(client.connection.wait_fd()));
         }
+        let shed = matches!(client.connection.end(), Some(End::Stalled | End::Slow));
         let why = client.connection.end().map_or_else(String::new, ToString::to_string);
         self.release_disk(cx, client.disk);
         let id = client.id;
         drop(client);
-        self.tell_end(id, why);
+        Server::send(&self.control, move |server, cx| server.connection_ended(cx, id, &why, shed));
     }
 }
 

@@ -6,9 +6,10 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use engine::{App, MethodText};
-use nbd_poll::listener::{Address, Peer};
+use nbd_poll::listener::{Address, Peer, Source};
 use nbd_proto::haggle::wire::NBD_PORT;
 use reactor::Turn;
+use reactor::descriptors::Budget;
 use rpc::{MethodTable, Responder, RpcError, States};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -29,6 +30,9 @@ pub(super) fn register(t: &mut MethodTable<App>) {
     });
     t.method_without_params("nbd_server_get_listeners", States::RUNTIME, |app, r| {
         r.reply(server(app).map(|s| s.borrow().listeners.iter().map(listener_row).collect::<Value>()));
+    });
+    t.method_without_params("nbd_server_get_limits", States::ANY, |app, r| {
+        r.reply(server(app).map(|s| limits(&s.borrow())));
     });
     t.method_sync::<CreateExport, _>("nbd_server_create_export", States::RUNTIME, create_export);
     t.method::<ExportName>("nbd_server_delete_export", States::RUNTIME, |app, p, r| {
@@ -84,14 +88,28 @@ pub(super) const TEXTS: &[MethodText] = &[
         "[export]",
         "Exports, with their size now and how many connections they have.",
     ),
+    (
+        "nbd_server_get_limits",
+        "limits",
+        "How many connections and handshakes there may be, as set and as the limit of open files allows, and there are; \
+         `sources`: those with most connections; `turned`: clients that found no room (`away`), took too long to choose \
+         (`late`), made room for others meanwhile (`displaced`), or were ended because they did not go on (`out`); \
+         `descriptors`: the limit of open files, what strangers never get of it (`reserve`), and the NBD server's share.",
+    ),
     ("nbd_server_get_listeners", "[listener]", "Addresses that accept, and how many clients haggle there."),
     ("nbd_server_remove_listener", "true", "Stops accepting on an address; connections stay."),
     (
         "nbd_server_set_options",
         "true",
-        "Limits of the NBD server: connections in all (1024), handshakes at once on one listener (64), how long a client may \
-         take to choose an export (10 s), and how long it may leave a request unfinished, or answers unread whose memory \
-         others wait for (`stall_timeout_ms`, 30000); what is absent stays.",
+        "Limits of the NBD server: connections in all (`max_connections`, 1024), of which a source may have as many as it \
+         leaves for others (from 8 on, of three quarters; an eighth is for sources that allow lists name, one for those that \
+         came first, two connections each); handshakes at once on one listener (`max_handshakes`, 64), where one more takes the place of one of \
+         the source that has most; how long a client may take to choose an export, whatever it sends (`handshake_timeout_ms`, \
+         10000); how long it may send nothing of a request that it has begun (`stall_timeout_ms`, 30000); and how much it must \
+         send or read of what holds memory that others wait for (`min_progress_kib`, 1024) in so long a time \
+         (`progress_time_ms`, 10000), `min_progress_kib` 0 being enough if it is anything. A source is an address of IPv4, a \
+         /64 of IPv6, a user of this host. Where the limit of open files has not enough, there are fewer: nbd_server_get_limits. \
+         What is absent stays.",
     ),
 ];
 
@@ -102,6 +120,8 @@ struct SetOptions {
     max_handshakes: Option<u32>,
     handshake_timeout_ms: Option<u32>,
     stall_timeout_ms: Option<u32>,
+    min_progress_kib: Option<u32>,
+    progress_time_ms: Option<u32>,
 }
 
 fn set_options(app: &App, p: &SetOptions) -> Result<bool, RpcError> {
@@ -111,6 +131,7 @@ fn set_options(app: &App, p: &SetOptions) -> Result<bool, RpcError> {
         ("max_handshakes", p.max_handshakes),
         ("handshake_timeout_ms", p.handshake_timeout_ms),
         ("stall_timeout_ms", p.stall_timeout_ms),
+        ("progress_time_ms", p.progress_time_ms),
     ] {
         if value == Some(0) {
             return Err(invalid(METHOD, name, &format!("{name} must be at least 1")));
@@ -126,6 +147,12 @@ fn set_options(app: &App, p: &SetOptions) -> Result<bool, RpcError> {
     }
     if let Some(ms) = p.stall_timeout_ms {
         options.stall_timeout = Duration::from_millis(ms.into());
+    }
+    if let Some(kib) = p.min_progress_kib {
+        options.rate.bytes = (u64::from(kib) << 10).max(1);
+    }
+    if let Some(ms) = p.progress_time_ms {
+        options.rate.time = Duration::from_millis(ms.into());
     }
     Ok(true)
 }
@@ -267,7 +294,31 @@ fn listener_row(listening: &Listening) -> Value {
     let mut row = listener_params(listening);
     row.extend(address_row(listening.address()));
     row.insert("handshakes".into(), json!(listening.handshakes()));
+    row.insert("max_handshakes".into(), json!(listening.max_handshakes()));
     Value::Object(row)
+}
+
+/// Sources that are listed.
+const LISTED: usize = 16;
+
+fn limits(server: &Server) -> Value {
+    let budget = Budget::of_process();
+    let sources = server.census.sources();
+    let row = |(source, n): &(Source, usize)| json!({"source": source.to_string(), "connections": n});
+    let handshakes: usize = server.listeners.iter().map(Listening::handshakes).sum();
+    let most = server.listeners.iter().map(Listening::max_handshakes).sum::<usize>();
+    json!({
+        "connections": {
+            "set": server.options.max_connections, "most": server.max_connections(), "now": server.connections.len(),
+        },
+        "handshakes": {"set": server.options.max_handshakes, "most": most, "now": handshakes},
+        "sources": sources.iter().take(LISTED).map(row).collect::<Value>(),
+        "turned": {
+            "away": server.turned.away, "late": server.turned.late, "displaced": server.turned.displaced,
+            "out": server.turned.out,
+        },
+        "descriptors": {"limit": budget.limit(), "reserve": budget.reserve(), "share": server.descriptors},
+    })
 }
 
 #[derive(Deserialize)]
@@ -426,6 +477,7 @@ pub(super) fn config(server: &Server) -> Vec<Value> {
             "max_connections": o.max_connections, "max_handshakes": o.max_handshakes,
             "handshake_timeout_ms": o.handshake_timeout.as_millis() as u64,
             "stall_timeout_ms": o.stall_timeout.as_millis() as u64,
+            "min_progress_kib": o.rate.bytes >> 10, "progress_time_ms": o.rate.time.as_millis() as u64,
         }}));
     }
     for (name, e) in server.exports.iter() {

@@ -13,6 +13,7 @@
 
 mod activation;
 mod allow;
+mod census;
 mod client;
 mod dialect;
 mod disk;

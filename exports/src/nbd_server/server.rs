@@ -13,10 +13,12 @@ use std::time::{Duration, Instant};
 
 use bdev::{Event as BdevEvent, Manager, Mode};
 use engine::placement::{Place, Placement};
-use nbd_poll::listener::{AcceptorOptions, Address, Event, Identity};
+use nbd_poll::listener::{AcceptorOptions, Address, Event, Identity, Peer, Source};
+use reactor::descriptors::{Budget, Part};
 use reactor::{Handle, Polled, Poller, Turn};
 
 use super::allow::AllowList;
+use super::census::{Census, Entrance};
 use super::client::Stats;
 use super::error::ServerError;
 use super::export::{Export, Exports};
@@ -31,22 +33,53 @@ const LOGGED_FAILURES: u32 = 10;
 /// Limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Options {
-    /// Connections in all, handshakes included.
+    /// Connections in all.
     pub(super) max_connections: usize,
     /// Handshakes at once on one listener.
     pub(super) max_handshakes: usize,
     /// How long a client may take to choose an export.
     pub(super) handshake_timeout: Duration,
-    /// How long a client may leave a request unfinished, whose memory is of use to nobody meanwhile; or answers unread,
-    /// when others wait for their memory.
+    /// How long a client may leave a request unfinished, whose memory is of use to nobody meanwhile.
     pub(super) stall_timeout: Duration,
+    /// How fast a client must go on with what holds memory that others wait for.
+    pub(super) rate: Rate,
 }
+
+/// So many bytes in so long a time, at least, or all there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Rate {
+    pub(super) bytes: u64,
+    pub(super) time: Duration,
+}
+
+impl Default for Rate {
+    fn default() -> Self {
+        Self { bytes: 1 << 20, time: Duration::from_secs(10) }
+    }
+}
+
+/// What became of clients that were not let in, or not kept.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Turned {
+    /// For want of room.
+    pub(super) away: u64,
+    /// Their handshakes took too long.
+    pub(super) late: u64,
+    /// Their handshakes made room for others.
+    pub(super) displaced: u64,
+    /// They did not go on with a request, or too slowly with what others waited for.
+    pub(super) out: u64,
+}
+
+/// Descriptors of a connection: its socket, and an epoll set around it. A handshake with TLS has as many.
+const DESCRIPTORS_EACH: usize = 2;
 
 impl Default for Options {
     fn default() -> Self {
         let AcceptorOptions { timeout, max_handshakes, .. } = AcceptorOptions::default();
         let stall_timeout = Duration::from_secs(30);
-        Self { max_connections: 1024, max_handshakes, handshake_timeout: timeout, stall_timeout }
+        let rate = Rate::default();
+        Self { max_connections: 1024, max_handshakes, handshake_timeout: timeout, stall_timeout, rate }
     }
 }
 
@@ -79,6 +112,10 @@ pub(super) struct Server {
     reactors: Vec<Handle>,
     placement: Placement,
     pub(super) options: Options,
+    /// Descriptors that there may be for clients.
+    pub(super) descriptors: usize,
+    pub(super) census: Census,
+    pub(super) turned: Turned,
     pub(super) exports: Exports,
     pub(super) listeners: Vec<Listening>,
     pub(super) connections: BTreeMap<u64, Connected>,
@@ -109,6 +146,9 @@ impl Server {
             reactors,
             placement,
             options: Options::default(),
+            descriptors: Budget::of_process().share(Part::Nbd),
+            census: Census::default(),
+            turned: Turned::default(),
             exports: Exports::default(),
             listeners: Vec::new(),
             connections: BTreeMap::new(),
@@ -247,10 +287,33 @@ impl Server {
         }
     }
 
-    /// A lane has let go of a connection.
-    pub(super) fn connection_ended(&mut self, cx: &mut Turn<'_>, id: u64, why: &str) {
+    /// Connections that there may be: as many as are wanted, if the limit of open files has enough for them.
+    pub(super) fn max_connections(&self) -> usize {
+        let fit = self.descriptors / 4 * 3 / DESCRIPTORS_EACH;
+        self.options.max_connections.min(fit.max(1))
+    }
+
+    /// Handshakes that there may be on each of `listeners` listeners, likewise.
+    pub(super) fn max_handshakes(&self, listeners: usize) -> usize {
+        let fit = self.descriptors / 4 / DESCRIPTORS_EACH / listeners.max(1);
+        self.options.max_handshakes.min(fit.max(1))
+    }
+
+    /// How one connection more from there is let in, if it is.
+    pub(super) fn entrance(&self, peer: &Peer) -> Option<Entrance> {
+        self.census.entrance(self.max_connections(), Source::of(peer), self.exports.name(peer))
+    }
+
+    /// A lane has let go of a connection. `shed`: the client has not kept to its times.
+    pub(super) fn connection_ended(&mut self, cx: &mut Turn<'_>, id: u64, why: &str, shed: bool) {
         let Some(gone) = self.connections.remove(&id) else { return };
-        tracing::info!(id, peer = %gone.who, export = gone.export_name, why, "NBD client has gone");
+        self.census.leave(Source::of(&gone.who.peer));
+        if shed {
+            self.turned.out += 1;
+            tracing::warn!(id, peer = %gone.who, export = gone.export_name, why, "NBD client is ended");
+        } else {
+            tracing::info!(id, peer = %gone.who, export = gone.export_name, why, "NBD client has gone");
+        }
         let (ready, others) =
             std::mem::take(&mut self.waiters).into_iter().partition(|(which, _)| !self.has(*which));
         self.waiters = others;

@@ -79,7 +79,7 @@ fn who_asks_for_much_and_does_not_read_keeps_nobody_out() {
 
 #[test]
 fn answers_that_nobody_reads_go_when_others_need_the_memory() {
-    let (program, port) = start(json!({"stall_timeout_ms": 300}));
+    let (program, port) = start(json!({"progress_time_ms": 300}));
     // Alone, they may wait for as long as they like.
     let mut patient = client(port, 9);
     ask(&mut patient, 32 * MIB);

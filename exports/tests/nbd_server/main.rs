@@ -2,6 +2,7 @@
 
 mod any_range;
 mod fair;
+mod strangers;
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -340,7 +341,8 @@ fn the_saved_configuration_makes_the_same_server() {
     let program = Program::start("0x1", 0, json!({"handshake_timeout_ms": 300}));
     let saved = program.call("framework_get_config", json!({"name": "nbd_server"})).unwrap();
     let path = program.dir.join("nbd.sock");
-    let options = json!({"max_connections": 1024, "max_handshakes": 64, "handshake_timeout_ms": 300, "stall_timeout_ms": 30_000});
+    let options = json!({"max_connections": 1024, "max_handshakes": 64, "handshake_timeout_ms": 300,
+        "stall_timeout_ms": 30_000, "min_progress_kib": 1024, "progress_time_ms": 10_000});
     let right = json!([
         {"method": "nbd_server_set_options", "params": options},
         {"method": "nbd_server_create_export", "params": {"name": "slow", "bdev_name": "slow", "read_only": false}},

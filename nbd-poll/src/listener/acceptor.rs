@@ -1,11 +1,13 @@
 //! A listening socket and the handshakes of those who connected to it.
 
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nbd_proto::haggle::{Chosen, Outcome, Settings};
+use reactor::AcceptPause;
 use rustix::event::{Timespec, epoll};
 use rustls::ServerConfig;
 
@@ -14,11 +16,10 @@ use super::handshake::{Handshake, HandshakeError, Progress};
 use super::identity::{Identity, Shelf};
 use super::link::Socket;
 use super::socket::Listener;
+use super::source::Source;
 
 /// Connections accepted in one turn.
 const ACCEPTS_PER_TURN: usize = 16;
-/// How long to wait with the next accept when descriptors or memory have run out.
-const PAUSE: Duration = Duration::from_millis(200);
 /// Name of the listener in the epoll set; handshakes have their places.
 const LISTENER: u64 = u64::MAX;
 
@@ -31,7 +32,8 @@ pub struct AcceptorOptions {
     pub tls: Option<Arc<ServerConfig>>,
     /// How long a client may take to choose an export.
     pub timeout: Duration,
-    /// Handshakes at once; more connections wait in the listener's backlog.
+    /// Handshakes at once, at least 1. One more takes the place of one of the source that has most: of the one
+    /// that is silent for the longest time.
     pub max_handshakes: usize,
 }
 
@@ -66,7 +68,7 @@ pub enum Event {
     Left(Identity),
     /// It was closed.
     Failed(Identity, HandshakeError),
-    /// Connections cannot be accepted for a moment; it goes on by itself.
+    /// Connections cannot be accepted for now; it goes on by itself. Told once in a while as long as it is so.
     Paused(io::Error),
 }
 
@@ -81,8 +83,9 @@ pub struct Acceptor {
     /// By place; the epoll set knows them by it.
     handshakes: Vec<Option<Handshake>>,
     active: usize,
-    /// Nothing is accepted before.
-    paused: Option<Instant>,
+    /// Counts turns of handshakes.
+    turns: u64,
+    pause: AcceptPause,
     /// The epoll set reports the listener.
     listening: bool,
     stopping: bool,
@@ -109,7 +112,7 @@ impl Acceptor {
         let mut this = Self::idle(Address::Stdio, options)?;
         epoll::add(&this.epoll, &socket, epoll::EventData::new_u64(0), epoll::EventFlags::OUT)?;
         let (tls, deadline) = (this.options.tls.clone(), now + this.options.timeout);
-        this.handshakes.push(Some(Handshake::new(socket, peer, this.options.settings, tls, deadline)));
+        this.handshakes.push(Some(Handshake::new(socket, peer, this.options.settings, tls, 0, deadline)));
         this.active = 1;
         Ok(this)
     }
@@ -122,7 +125,8 @@ impl Acceptor {
             options,
             handshakes: Vec::new(),
             active: 0,
-            paused: None,
+            turns: 0,
+            pause: AcceptPause::default(),
             listening: false,
             stopping: false,
         })
@@ -138,6 +142,16 @@ impl Acceptor {
         self.active
     }
 
+    /// Handshakes that there may be at once.
+    pub fn max_handshakes(&self) -> usize {
+        self.options.max_handshakes
+    }
+
+    /// Another number of them, at least 1, from the next connection on.
+    pub fn set_max_handshakes(&mut self, most: usize) {
+        self.options.max_handshakes = most.max(1);
+    }
+
     /// Readable when there is something to do.
     pub fn wait_fd(&self) -> RawFd {
         self.epoll.as_fd().as_raw_fd()
@@ -146,12 +160,18 @@ impl Acceptor {
     /// When [`Acceptor::poll`] has something to do though [`Acceptor::wait_fd`] is quiet.
     pub fn deadline(&self) -> Option<Instant> {
         let handshakes = self.handshakes.iter().flatten().map(|h| h.deadline);
-        handshakes.chain(self.paused).min()
+        handshakes.chain(self.pause.until()).min()
     }
 
-    /// Accepts and goes on with what is ready. `room`: connections that there may be besides those known so far,
-    /// handshakes not counted. Appends to `events`; true if there was anything to do.
-    pub fn poll(&mut self, now: Instant, room: usize, shelf: &dyn Shelf, events: &mut Vec<Event>) -> bool {
+    /// Accepts and goes on with what is ready. `admits`: whether one connection more may come from there. Appends to
+    /// `events`; true if there was anything to do.
+    pub fn poll(
+        &mut self,
+        now: Instant,
+        admits: &dyn Fn(&Peer) -> bool,
+        shelf: &dyn Shelf,
+        events: &mut Vec<Event>,
+    ) -> bool {
         let mut ready =
             [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) };
                 ACCEPTS_PER_TURN * 2];
@@ -159,7 +179,7 @@ impl Acceptor {
         let n = epoll::wait(&self.epoll, &mut ready[..], Some(&Timespec::default())).unwrap_or(0);
         for event in &ready[..n] {
             match event.data.u64() {
-                LISTENER => self.accept(now, room, shelf, events),
+                LISTENER => self.accept(now, admits, shelf, events),
                 place => self.turn(place as usize, shelf, events),
             }
         }
@@ -182,24 +202,54 @@ impl Acceptor {
         }
     }
 
-    fn accept(&mut self, now: Instant, room: usize, shelf: &dyn Shelf, events: &mut Vec<Event>) {
+    fn accept(
+        &mut self,
+        now: Instant,
+        admits: &dyn Fn(&Peer) -> bool,
+        shelf: &dyn Shelf,
+        events: &mut Vec<Event>,
+    ) {
         for _ in 0..ACCEPTS_PER_TURN {
-            if self.stopping || self.paused.is_some() || self.active >= self.options.max_handshakes {
+            if self.stopping || self.pause.holds(now) {
                 return;
             }
             let Some(listener) = &self.listener else { return };
             match listener.accept() {
                 Ok(None) => return,
-                Ok(Some((_, peer))) if self.active >= room => {
+                Ok(Some((_, peer))) if !admits(&peer) => {
                     events.push(Event::Failed(Identity { peer, tls: None }, HandshakeError::Full));
                 }
-                Ok(Some((socket, peer))) => self.begin(now, socket, peer, shelf, events),
+                Ok(Some((socket, peer))) => {
+                    self.make_room(Source::of(&peer), events);
+                    self.begin(now, socket, peer, shelf, events);
+                }
                 Err(e) => {
-                    self.paused = Some(now + PAUSE);
-                    events.push(Event::Paused(e));
+                    if self.pause.failed(now) {
+                        events.push(Event::Paused(e));
+                    }
                 }
             }
         }
+    }
+
+    /// Ends handshakes until there may be one more, of `newcomer`.
+    fn make_room(&mut self, newcomer: Source, events: &mut Vec<Event>) {
+        while self.active >= self.options.max_handshakes {
+            let Some(place) = self.least_worth(newcomer) else { return };
+            self.fail(place, HandshakeError::Displaced, events);
+        }
+    }
+
+    /// The handshake that goes when there are too many: of the source that has most, the newcomer included, the one that has
+    /// been silent for the longest time. Not one that has never spoken rather than another: a newcomer has not, either.
+    fn least_worth(&self, newcomer: Source) -> Option<usize> {
+        let all = || self.handshakes.iter().enumerate().filter_map(|(place, h)| Some((place, h.as_ref()?)));
+        let mut counts = HashMap::from([(newcomer, 1)]);
+        all().for_each(|(_, h)| *counts.entry(Source::of(&h.who.peer)).or_insert(0) += 1);
+        let of = |h: &Handshake| counts.get(&Source::of(&h.who.peer)).copied().unwrap_or(0);
+        let most = all().map(|(_, h)| of(h)).max()?;
+        let theirs = all().filter(|(_, h)| of(h) == most);
+        theirs.min_by_key(|(_, h)| h.heard).map(|(place, _)| place)
     }
 
     fn begin(
@@ -219,16 +269,24 @@ impl Acceptor {
         if place == self.handshakes.len() {
             self.handshakes.push(None);
         }
+        self.turns += 1;
         let deadline = now + self.options.timeout;
-        self.handshakes[place] =
-            Some(Handshake::new(socket, peer, self.options.settings, self.options.tls.clone(), deadline));
+        self.handshakes[place] = Some(Handshake::new(
+            socket,
+            peer,
+            self.options.settings,
+            self.options.tls.clone(),
+            self.turns,
+            deadline,
+        ));
         self.active += 1;
         self.turn(place, shelf, events);
     }
 
     fn turn(&mut self, place: usize, shelf: &dyn Shelf, events: &mut Vec<Event>) {
         let Some(handshake) = self.handshakes.get_mut(place).and_then(Option::as_mut) else { return };
-        let interest = match handshake.turn(shelf) {
+        self.turns += 1;
+        let interest = match handshake.turn(self.turns, shelf) {
             Ok(Progress::Read) => epoll::EventFlags::IN,
             Ok(Progress::Write) => epoll::EventFlags::OUT,
             Ok(Progress::Done) => return self.done(place, events),
@@ -283,11 +341,8 @@ impl Acceptor {
 
     /// A listener that nobody accepts from would keep the thread awake.
     fn listen_if_possible(&mut self, now: Instant) {
-        if self.paused.is_some_and(|until| until <= now) {
-            self.paused = None;
-        }
-        let full = self.active >= self.options.max_handshakes;
-        self.set_listening(!self.stopping && self.paused.is_none() && !full);
+        let paused = self.pause.holds(now);
+        self.set_listening(!self.stopping && !paused);
     }
 
     fn set_listening(&mut self, on: bool) {

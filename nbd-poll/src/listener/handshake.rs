@@ -31,8 +31,15 @@ pub enum HandshakeError {
     #[error("no export chosen in time")]
     TimedOut,
     /// As many connections as there may be.
-    #[error("there are as many connections as max_connections allows")]
+    #[error(
+        "it has as many connections as one source may have, or there are as many as max_connections allows"
+    )]
     Full,
+    /// Another client came, and there are as many handshakes as there may be.
+    #[error(
+        "it has made room for another client: there are as many handshakes as there may be, and most from where it is"
+    )]
+    Displaced,
     /// Bytes in the clear where TLS begins.
     #[error("bytes in the clear behind STARTTLS")]
     Plaintext,
@@ -63,7 +70,12 @@ pub(super) struct Handshake {
     /// `None` only after TLS could not even be begun.
     socket: Option<Socket>,
     pub(super) who: Identity,
+    /// For the whole handshake: nothing puts it off.
     pub(super) deadline: Instant,
+    /// Something has come from the client since that was last asked.
+    spoke: bool,
+    /// The turn in which the client last said something, or came.
+    pub(super) heard: u64,
     haggle: ServerHaggle,
     /// For STARTTLS, until then.
     tls: Option<Arc<ServerConfig>>,
@@ -79,12 +91,15 @@ impl Handshake {
         peer: Peer,
         settings: Settings,
         tls: Option<Arc<ServerConfig>>,
+        number: u64,
         deadline: Instant,
     ) -> Self {
         Self {
             socket: Some(Socket::Plain(socket)),
             who: Identity { peer, tls: None },
             deadline,
+            spoke: false,
+            heard: number,
             haggle: ServerHaggle::new(settings),
             tls,
             shaking_hands: false,
@@ -92,8 +107,18 @@ impl Handshake {
         }
     }
 
-    /// Goes on until it has to wait.
-    pub(super) fn turn(&mut self, shelf: &dyn Shelf) -> Result<Progress, HandshakeError> {
+    /// Goes on until it has to wait. `number`: of this turn, of all that the acceptor has had.
+    pub(super) fn turn(&mut self, number: u64, shelf: &dyn Shelf) -> Result<Progress, HandshakeError> {
+        // What TLS reads for itself shows nowhere but in its turns.
+        let tls = self.shaking_hands;
+        let progress = self.go_on(shelf);
+        if std::mem::take(&mut self.spoke) || tls {
+            self.heard = number;
+        }
+        progress
+    }
+
+    fn go_on(&mut self, shelf: &dyn Shelf) -> Result<Progress, HandshakeError> {
         for _ in 0..STEPS_PER_TURN {
             if self.shaking_hands && !self.shake_hands()? {
                 return Ok(if self.socket()?.flush()? { Progress::Read } else { Progress::Write });
@@ -189,7 +214,10 @@ impl Handshake {
         let result = socket.receive(&mut self.input[have..]);
         self.input.truncate(have + if let Ok(Moved::Some(n)) = result { n } else { 0 });
         match result? {
-            Moved::Some(_) => Ok(true),
+            Moved::Some(_) => {
+                self.spoke = true;
+                Ok(true)
+            }
             Moved::WouldBlock => Ok(false),
             Moved::End => Err(HandshakeError::Closed),
         }

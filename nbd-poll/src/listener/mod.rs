@@ -11,6 +11,7 @@ mod handshake;
 mod identity;
 mod link;
 mod socket;
+mod source;
 
 pub use acceptor::{Accepted, Acceptor, AcceptorOptions, Event};
 pub use address::{Address, Peer};
@@ -18,3 +19,4 @@ pub use handshake::HandshakeError;
 pub use identity::{Identity, Shelf, TlsIdentity};
 pub use link::{Encrypted, Socket};
 pub use socket::{ListenError, Listener, peer_of};
+pub use source::Source;

@@ -3,25 +3,28 @@
 use std::sync::Arc;
 
 use engine::App;
-use nbd_poll::listener::{Accepted, Address, Event, HandshakeError};
+use nbd_poll::listener::{Accepted, Address, Event, HandshakeError, Identity, Peer, Source};
 use reactor::Turn;
 
-use super::super::client::{NewClient, PeerKey, Stats};
+use super::super::census::Entrance;
+use super::super::client::{NewClient, Stats};
 use super::super::export::View;
 use super::super::lane::Lane;
-use super::{Connected, Listening, Server};
+use super::{Connected, Server};
 
 impl Server {
     pub(super) fn poll(&mut self, cx: &mut Turn<'_>) -> bool {
         let mut busy = false;
         for place in 0..self.listeners.len() {
-            let handshakes: usize = self.listeners.iter().map(Listening::handshakes).sum();
+            let most = self.max_connections();
+            let (census, exports) = (&self.census, &self.exports);
+            let admits = |peer: &Peer| census.entrance(most, Source::of(peer), exports.name(peer)).is_some();
             let listening = &mut self.listeners[place];
-            // Handshakes of other listeners count, the acceptor counts its own.
-            let taken = self.connections.len() + handshakes - listening.handshakes();
-            let room = self.options.max_connections.saturating_sub(taken);
-            let view = View { exports: &self.exports, default: listening.export.as_deref() };
-            busy |= listening.acceptor.poll(cx.now, room, &view, &mut self.events);
+            let view = View { exports, default: listening.export.as_deref() };
+            busy |= listening.acceptor.poll(cx.now, &admits, &view, &mut self.events);
+            if self.events.is_empty() {
+                continue;
+            }
             let address = listening.address().clone();
             for event in std::mem::take(&mut self.events) {
                 self.event(cx, &address, event);
@@ -41,16 +44,20 @@ impl Server {
             Event::Failed(peer, why @ HandshakeError::Closed) => {
                 tracing::debug!(%peer, %why, "NBD handshake");
             }
-            Event::Failed(peer, why) => {
-                if self.failures.allows(cx.now) {
-                    tracing::warn!(%peer, %listener, %why, "NBD client refused");
-                }
-            }
-            Event::Paused(why) => {
-                if self.failures.allows(cx.now) {
-                    tracing::error!(%listener, %why, "cannot accept NBD clients for now");
-                }
-            }
+            Event::Failed(who, why) => self.refused(cx, listener, &who, &why),
+            Event::Paused(why) => tracing::error!(%listener, %why, "cannot accept NBD clients for now"),
+        }
+    }
+
+    fn refused(&mut self, cx: &Turn<'_>, listener: &Address, who: &Identity, why: &HandshakeError) {
+        match why {
+            HandshakeError::Full => self.turned.away += 1,
+            HandshakeError::TimedOut => self.turned.late += 1,
+            HandshakeError::Displaced => self.turned.displaced += 1,
+            _ => {}
+        }
+        if self.failures.allows(cx.now) {
+            tracing::warn!(peer = %who, %listener, %why, "NBD client refused");
         }
     }
 
@@ -61,6 +68,12 @@ impl Server {
         if self.stopping {
             return;
         }
+        // Others may have come while it was choosing. A single client is not counted.
+        let alone = (*listener == Address::Stdio).then_some(Entrance::Shared);
+        let Some(entrance) = alone.or_else(|| self.entrance(&accepted.who.peer)) else {
+            return self.refused(cx, listener, &accepted.who, &HandshakeError::Full);
+        };
+        let source = Source::of(&accepted.who.peer);
         let export_name = name.clone();
         let (stats, place) = (Arc::<Stats>::default(), self.placement.take());
         let new = NewClient {
@@ -70,8 +83,9 @@ impl Server {
             descriptor: export.descriptor.clone(),
             fence: export.fence.clone(),
             ranges: export.ranges.clone(),
-            peer: PeerKey::of(&accepted.who.peer),
+            source,
             stall: self.options.stall_timeout,
+            rate: self.options.rate,
             // As the client was told; a size that moved meanwhile is followed at its first request.
             limits: nbd_proto::request::Export {
                 size: accepted.chosen.size,
@@ -87,6 +101,7 @@ impl Server {
             id, peer = %accepted.who, %listener, export = export_name, reactor = reactor.name(),
             framing = ?accepted.chosen.agreed.framing, "NBD client connected"
         );
+        self.census.enter(source, entrance);
         self.connections.insert(
             id,
             Connected {

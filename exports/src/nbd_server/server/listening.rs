@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 
 use nbd_poll::listener::{Acceptor, AcceptorOptions, Address, Event, Listener, Peer};
 use reactor::Turn;
+use reactor::descriptors::Budget;
 
 use super::super::dialect::Speech;
 use super::super::error::ServerError;
@@ -25,6 +26,10 @@ impl Listening {
 
     pub(in super::super) fn handshakes(&self) -> usize {
         self.acceptor.handshakes()
+    }
+
+    pub(in super::super) fn max_handshakes(&self) -> usize {
+        self.acceptor.max_handshakes()
     }
 }
 
@@ -108,7 +113,22 @@ impl Server {
         let bound = acceptor.address().clone();
         tracing::info!(address = %bound, dialect = ?speech.dialect, tls = ?speech.tls, "listening for NBD");
         self.listeners.push(Listening { acceptor, activated, speech, export });
+        self.share_handshakes();
+        let (wanted, most) = (self.options.max_connections, self.max_connections());
+        if most < wanted {
+            let limit = Budget::of_process().limit();
+            tracing::warn!(
+                "at most {most} NBD clients, where max_connections is {wanted}: {limit} open files (RLIMIT_NOFILE) are too few \
+                 for more"
+            );
+        }
         Ok(bound)
+    }
+
+    /// After a listener has come or gone.
+    fn share_handshakes(&mut self) {
+        let most = self.max_handshakes(self.listeners.len());
+        self.listeners.iter_mut().for_each(|l| l.acceptor.set_max_handshakes(most));
     }
 
     /// What a listener will need, and whether its export can be had by its dialect.
@@ -143,6 +163,7 @@ impl Server {
         let place = found.ok_or_else(|| ServerError::NoListener(address.clone()))?;
         let mut listening = self.listeners.remove(place);
         Self::end_listener(cx, &mut listening, &mut self.events);
+        self.share_handshakes();
         tracing::info!(%address, "no longer listening for NBD");
         Ok(())
     }
