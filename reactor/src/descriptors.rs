@@ -146,6 +146,12 @@ impl Lease {
         self.count
     }
 
+    /// All of it, for somebody else to give back.
+    pub fn take(&mut self) -> Self {
+        let count = std::mem::take(&mut self.count);
+        Self { share: self.share.clone(), count }
+    }
+
     /// Makes it `count`. False, and nothing changes, if the share has not so many more. For one thread: two that grow leases
     /// of one pool at once may together exceed it by what they asked for.
     #[must_use]
@@ -220,7 +226,10 @@ mod tests {
         assert!(last.set(4) && !last.set(9) && last.set(2));
         drop(leases);
         assert_eq!((pool.used(), users[1].used()), (2, 0));
-        assert!(last.set(128) && last.set(0));
+        assert!(last.set(128));
+        let other = last.take();
+        assert_eq!((pool.used(), last.count(), other.count()), (128, 0, 128));
+        drop(other);
         assert_eq!(pool.used(), 0);
     }
 }

@@ -46,7 +46,8 @@ pub(crate) type Incoming<'a> = (Header, &'a [u8], Vec<OwnedFd>);
 /// A connection and the message that is coming in.
 #[derive(Debug)]
 pub(crate) struct Conn {
-    socket: OwnedFd,
+    /// `None` once it is to be closed.
+    socket: Option<OwnedFd>,
     buffer: Box<[u8; HEADER_LEN + MAX_PAYLOAD]>,
     have: usize,
     header: Option<Header>,
@@ -57,7 +58,7 @@ impl Conn {
     /// `socket` does not block.
     pub(crate) fn new(socket: OwnedFd) -> Self {
         Self {
-            socket,
+            socket: Some(socket),
             buffer: Box::new([0; HEADER_LEN + MAX_PAYLOAD]),
             have: 0,
             header: None,
@@ -66,7 +67,25 @@ impl Conn {
     }
 
     pub(crate) fn raw(&self) -> RawFd {
-        self.socket.as_raw_fd()
+        self.socket.as_ref().map_or(-1, AsRawFd::as_raw_fd)
+    }
+
+    fn socket(&self) -> Result<BorrowedFd<'_>, ConnError> {
+        self.socket.as_ref().map(AsFd::as_fd).ok_or(ConnError::Closed)
+    }
+
+    /// Ends it. What is still open, to be closed elsewhere: what came with half a message, and the socket, if more than that
+    /// may be in it.
+    pub(crate) fn end(&mut self) -> Vec<OwnedFd> {
+        let mut left = std::mem::take(&mut self.fds);
+        let Some(socket) = self.socket.take() else { return left };
+        // From here on nothing comes, and descriptors come only with bytes.
+        let ended = rustix::net::shutdown(&socket, rustix::net::Shutdown::Read);
+        let unread = rustix::io::ioctl_fionread(&socket);
+        if ended.is_err() || unread != Ok(0) {
+            left.push(socket);
+        }
+        left
     }
 
     /// Descriptors that came with a message that is not all there.
@@ -76,7 +95,8 @@ impl Conn {
 
     /// Whether the front end has closed its end.
     pub(crate) fn hung_up(&self) -> bool {
-        let mut fds = [PollFd::new(&self.socket, PollFlags::RDHUP)];
+        let Ok(socket) = self.socket() else { return true };
+        let mut fds = [PollFd::new(&socket, PollFlags::RDHUP)];
         let closed = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
         poll(&mut fds, Some(&Timespec::default())).is_ok() && fds[0].revents().intersects(closed)
     }
@@ -109,7 +129,8 @@ impl Conn {
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut parts = [IoSliceMut::new(&mut self.buffer[self.have..want])];
         let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-        let got = match recvmsg(&self.socket, &mut parts, &mut control, flags) {
+        let socket = self.socket.as_ref().ok_or(ConnError::Closed)?;
+        let got = match recvmsg(socket, &mut parts, &mut control, flags) {
             Ok(got) => got,
             Err(Errno::AGAIN | Errno::INTR) => return Ok(false),
             Err(Errno::CONNRESET) => return Err(ConnError::Closed),
@@ -140,7 +161,7 @@ impl Conn {
         payload: &[u8],
         fd: Option<BorrowedFd<'_>>,
     ) -> Result<(), ConnError> {
-        send(self.socket.as_fd(), &Header::reply(request, payload.len()), payload, fd)
+        send(self.socket()?, &Header::reply(request, payload.len()), payload, fd)
     }
 }
 

@@ -18,6 +18,7 @@ use rustix::fs::{AtFlags, CWD, Mode};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
+use crate::closing::Closing;
 use crate::disk::{Disk, DiskInfo};
 use crate::queue::Coalescing;
 use crate::session::{PlaceGuard, Session, SessionInfo};
@@ -106,6 +107,8 @@ pub(crate) struct Shared<D: Disk> {
     pub(crate) name: String,
     pub(crate) options: ControllerOptions,
     pub(crate) coalescing: Cell<Coalescing>,
+    /// What ended sessions have left.
+    pub(crate) closing: Closing,
     /// `None` once the disk is gone.
     disk: RefCell<Option<Arc<D>>>,
     /// The properties last seen.
@@ -136,7 +139,7 @@ struct Inner<D: Disk> {
     poller: Option<PollerId>,
     /// When accepting has failed.
     pause: AcceptPause,
-    /// When a front end was turned away.
+    /// When a front end was turned away, or took another's place.
     turned_away: AcceptPause,
     /// By age.
     sessions: Vec<(u64, Rc<RefCell<Session<D>>>)>,
@@ -199,14 +202,25 @@ impl<D: Disk> Inner<D> {
 fn connected<D: Disk>(cx: &mut Turn<'_>, inner: &Rc<RefCell<Inner<D>>>, socket: OwnedFd) {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let mut lease = inner.borrow().shared.options.descriptors.lease();
-    if inner.borrow().sessions.len() >= MAX_SESSIONS || !lease.set(1) {
+    // So many threads may close what others have left, if that takes them long.
+    let is_full = |inner: &Inner<D>| inner.sessions.len().max(inner.shared.closing.count()) >= MAX_SESSIONS;
+    if is_full(&inner.borrow()) || !lease.set(1) {
         let idle = inner.borrow().most_idle();
         if let Some(idle) = idle {
+            let mut inner = inner.borrow_mut();
+            if inner.turned_away.failed(cx.now) {
+                let controller = &inner.shared.name;
+                tracing::warn!(
+                    controller,
+                    "vhost: front ends come that find no room; idle ones make room for them"
+                );
+            }
+            drop(inner);
             idle.borrow_mut().make_room(cx);
         }
     }
     let mut inner = inner.borrow_mut();
-    let why = if inner.sessions.len() >= MAX_SESSIONS {
+    let why = if is_full(&inner) {
         Some("as many are connected as there may be")
     } else if !lease.set(1) {
         Some("no descriptors are left of those that the limit of open files gives to vhost-user")
@@ -250,6 +264,7 @@ impl<D: Disk> Controller<D> {
             name: options.name.clone(),
             options,
             coalescing: Cell::default(),
+            closing: Closing::default(),
             disk: RefCell::new(Some(disk)),
             info,
             owner: RefCell::default(),

@@ -28,8 +28,8 @@ pub enum EventFdError {
     Bell(std::io::Error),
 }
 
-/// Refuses what is no eventfd.
-fn check(fd: &OwnedFd) -> Result<(), EventFdError> {
+/// Refuses what is no eventfd. It stays open: to close anything else might wait.
+pub(crate) fn check(fd: &OwnedFd) -> Result<(), EventFdError> {
     let link = rustix::fs::readlink(format!("/proc/self/fd/{}", fd.as_raw_fd()), Vec::new())?;
     match link.to_bytes() {
         b"anon_inode:[eventfd]" => Ok(()),
@@ -37,17 +37,15 @@ fn check(fd: &OwnedFd) -> Result<(), EventFdError> {
     }
 }
 
-/// A bell for a call or error descriptor of a front end, if it is an eventfd.
+/// A bell for a call or error descriptor of a front end, which is an eventfd.
 pub(crate) fn bell(fd: OwnedFd) -> Result<Bell, EventFdError> {
-    check(&fd)?;
     Bell::new(fd).map_err(EventFdError::Bell)
 }
 
 impl Kick {
-    /// Takes a descriptor from a front end, if it is an eventfd.
-    pub(crate) fn check(fd: OwnedFd) -> Result<Self, EventFdError> {
-        check(&fd)?;
-        Ok(Self(fd))
+    /// Takes a descriptor from a front end, which is an eventfd.
+    pub(crate) fn new(fd: OwnedFd) -> Self {
+        Self(fd)
     }
 
     /// Sets it to zero. Never waits, whatever O_NONBLOCK is at the moment (Linux 5.8 and later; before, it leaves the
@@ -73,7 +71,7 @@ mod tests {
     #[test]
     fn a_kick_is_drained_and_an_empty_one_that_blocks_holds_nobody_up() {
         let fd = eventfd(3, EventfdFlags::CLOEXEC).unwrap();
-        let ours = Kick::check(fd.try_clone().unwrap()).unwrap();
+        let ours = Kick::new(fd.try_clone().unwrap());
         let thread = std::thread::spawn(move || {
             ours.drain();
             ours.drain();
@@ -85,9 +83,9 @@ mod tests {
 
     #[test]
     fn only_eventfds_are_taken() {
-        let memory = || rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-        assert!(matches!(Kick::check(memory()), Err(EventFdError::Kind(_))));
-        assert!(matches!(bell(memory()), Err(EventFdError::Kind(_))));
+        let memory = rustix::fs::memfd_create("x", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        assert!(matches!(check(&memory), Err(EventFdError::Kind(_))));
+        assert!(check(&eventfd(0, EventfdFlags::CLOEXEC).unwrap()).is_ok());
         assert!(bell(eventfd(0, EventfdFlags::CLOEXEC).unwrap()).is_ok());
     }
 }

@@ -20,6 +20,7 @@ compile_error!("rings are little-endian, and this crate reads them as they are")
 mod bell;
 pub mod blk;
 mod chain;
+mod closing;
 mod conn;
 pub mod controller;
 pub mod disk;

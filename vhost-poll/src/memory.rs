@@ -136,6 +136,18 @@ impl GuestMemory {
         Ok(memory)
     }
 
+    /// Whether `file` may be mapped as `spec`: then it may be closed, too.
+    ///
+    /// # Errors
+    /// It may not.
+    pub(crate) fn check(spec: RegionSpec, file: BorrowedFd<'_>) -> Result<(), MemoryError> {
+        match crate::file::is_local(file) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(MemoryError::NotLocal(spec)),
+            Err(e) => Err(MemoryError::System(spec, e)),
+        }
+    }
+
     /// Number of regions.
     pub fn len(&self) -> usize {
         self.regions.len()
@@ -246,9 +258,7 @@ impl Segments<'_> {
 
 /// What has to be mapped for `spec`: whole pages, of the size that the file has (huge pages have their own).
 fn identify(spec: RegionSpec, file: BorrowedFd<'_>) -> Result<Identity, MemoryError> {
-    if !crate::file::is_local(file).map_err(|e| MemoryError::System(spec, e))? {
-        return Err(MemoryError::NotLocal(spec));
-    }
+    GuestMemory::check(spec, file)?;
     let stat = rustix::fs::fstat(file).map_err(|e| MemoryError::System(spec, e))?;
     if rustix::fs::FileType::from_raw_mode(stat.st_mode) != rustix::fs::FileType::RegularFile {
         return Err(MemoryError::File(spec, "its descriptor is not of shared memory (memfd, file)"));

@@ -211,6 +211,52 @@ fn front_ends_that_only_connect_make_room_for_others() {
     drop((idle, more));
 }
 
+/// A TCP socket whose last close waits for its peer, who reads nothing.
+fn lingering() -> (std::net::TcpStream, std::net::TcpStream) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let socket = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    rustix::net::sockopt::set_socket_linger(&socket, Some(Duration::from_secs(3600))).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    while std::io::Write::write(&mut &socket, &[0; 65_536]).is_ok() {}
+    (socket, listener.accept().unwrap().0)
+}
+
+#[test]
+fn descriptors_whose_close_waits_stop_nobody() {
+    let backend = Backend::start("linger", MemDisk::new(1 << 20));
+    let mut bystander = Bystander::connect(&backend);
+    let mut peers = Vec::new();
+    let send: [fn(&FrontEnd, &std::net::TcpStream); 6] = [
+        |front, socket| front.send(R::SET_VRING_KICK, &0u64.to_ne_bytes(), &[socket.as_fd()]).unwrap(),
+        |front, socket| front.send(R::SET_BACKEND_REQ_FD, &[], &[socket.as_fd()]).unwrap(),
+        |front, socket| front.send(R::GET_FEATURES, &[], &[socket.as_fd()]).unwrap(),
+        |front, socket| front.send(R::ADD_MEM_REG, &[1; 40], &[socket.as_fd()]).unwrap(),
+        // Half a message.
+        |front, socket| front.send_bytes(&[1, 0], &[socket.as_fd()]).unwrap(),
+        // Behind what ends the connection, so that nobody receives it.
+        |front, socket| {
+            front.send_raw(99, 1, &[], &[]).unwrap();
+            let _ = front.send(R::SET_VRING_KICK, &0u64.to_ne_bytes(), &[socket.as_fd()]);
+        },
+    ];
+    for send in send {
+        let (socket, peer) = lingering();
+        let front = FrontEnd::connect(&backend.path).unwrap();
+        // While the back end stands still, so that it has the last one when it goes on.
+        let (go_on, wait) = std::sync::mpsc::channel::<()>();
+        backend.control.send(move |_| wait.recv().unwrap());
+        send(&front, &socket);
+        drop(socket);
+        go_on.send(()).unwrap();
+        all_is_well(&backend, &mut bystander);
+        drop(front);
+        all_is_well(&backend, &mut bystander);
+        peers.push(peer);
+    }
+    // What waits ends with its peers.
+    drop(peers);
+}
+
 #[test]
 fn its_socket_is_private_whatever_the_umask() {
     // Of this process: the tests of this file that make files do not mind.

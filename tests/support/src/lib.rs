@@ -5,11 +5,13 @@
 //! where machines are slower still. What must not time out, and has a timeout, gets it from [`limit`], too.
 
 mod counting;
+mod exhausted;
 mod files;
 mod network;
 mod wait;
 
 pub use counting::{Counting, all_allocations, allocates_nothing, allocations};
+pub use exhausted::Exhausted;
 pub use files::Dir;
 pub use network::{address, listens, network, port};
 pub use wait::{limit, patience, recv, scale, until, until_some};

@@ -12,7 +12,7 @@ use super::vring::Vring;
 use super::{End, LaneUse, Pending, Session};
 use crate::blk;
 use crate::disk::Disk;
-use crate::fd::{Kick, bell};
+use crate::fd::{Kick, bell, check};
 use crate::inflight::InflightArea;
 use crate::lane::LaneHandle;
 use crate::memory::{GuestMemory, MAX_REGIONS, RegionSpec};
@@ -35,7 +35,13 @@ fn protocol_features() -> P {
 }
 
 impl<D: Disk> Session<D> {
-    pub(super) fn obey(&mut self, header: Header, message: Message, fds: Vec<OwnedFd>) -> Result<(), End> {
+    /// Does what `message` says. What is left in `fds` afterwards may be closed here, if all is well.
+    pub(super) fn obey(
+        &mut self,
+        header: Header,
+        message: Message,
+        fds: &mut Vec<OwnedFd>,
+    ) -> Result<(), End> {
         let request = header.request;
         let ack = (header.needs_reply() && self.protocol & P::REPLY_ACK.bits() != 0).then_some(request);
         match message {
@@ -49,9 +55,13 @@ impl<D: Disk> Session<D> {
             Message::GetInflightFd { queues, queue_size } => {
                 return self.new_inflight(request, queues, queue_size);
             }
-            Message::SetMemTable(list) => return self.set_memory_table(&list, &fds, ack),
-            Message::AddMemReg(spec) => return self.add_memory(spec, &fds, ack),
+            Message::SetMemTable(list) => return self.set_memory_table(&list, fds, ack),
+            Message::AddMemReg(spec) => return self.add_memory(spec, fds, ack),
             Message::RemMemReg(spec) => {
+                // Of use to nobody, but it has to be closed.
+                if let Some(fd) = fds.first() {
+                    GuestMemory::check(spec, fd.as_fd())?;
+                }
                 let new = self.memory.without(spec)?;
                 return self.set_memory(new, ack);
             }
@@ -93,7 +103,8 @@ impl<D: Disk> Session<D> {
                 if self.backend_req.is_none() {
                     self.room_for_one()?;
                 }
-                self.backend_req = fds.into_iter().next();
+                // The old one may not be closed here.
+                self.rest.extend(std::mem::replace(&mut self.backend_req, fds.pop()));
             }
             Message::SetConfig { offset, data } => self.set_config(offset, &data),
             Message::SetInflightFd { len, offset, queues, queue_size } => {
@@ -252,8 +263,9 @@ impl<D: Disk> Session<D> {
         if vring.is_running() { Err(End::Running(what)) } else { Ok(vring) }
     }
 
-    fn set_vring_fd(&mut self, index: u32, which: VringFd, fds: Vec<OwnedFd>) -> Result<(), End> {
-        let mut fd = fds.into_iter().next();
+    fn set_vring_fd(&mut self, index: u32, which: VringFd, fds: &mut Vec<OwnedFd>) -> Result<(), End> {
+        fds.first().map(check).transpose()?;
+        let mut fd = fds.pop();
         if fd.is_some() && !self.vring(index)?.has_fd(which) {
             match self.room_for_one() {
                 // Nothing but a word about a broken ring goes there: a front end does without.
@@ -273,7 +285,7 @@ impl<D: Disk> Session<D> {
         let at = index as u16;
         match which {
             VringFd::Kick => {
-                let kick = fd.map(Kick::check).transpose()?.map(Arc::new);
+                let kick = fd.map(Kick::new).map(Arc::new);
                 vring.set_kick(kick.clone());
                 match lane {
                     Some(lane) => self.lanes[lane].handle.set_kick::<D>(at, kick),

@@ -140,6 +140,8 @@ pub(crate) struct Session<D: Disk> {
     conn: Conn,
     /// For `descriptors()`, at least.
     lease: Lease,
+    /// What the front end has sent and nobody wants, which may take time to close.
+    rest: Vec<OwnedFd>,
     /// A whole message has come.
     has_spoken: bool,
     poller: Option<PollerId>,
@@ -188,6 +190,7 @@ impl<D: Disk> Session<D> {
             shared: shared.clone(),
             conn,
             lease,
+            rest: Vec::new(),
             has_spoken: false,
             poller: None,
             features: 0,
@@ -232,7 +235,7 @@ impl<D: Disk> Session<D> {
     /// Descriptors that it holds.
     fn descriptors(&self) -> usize {
         let vrings: usize = self.vrings.iter().map(Vring::descriptors).sum();
-        1 + usize::from(self.backend_req.is_some()) + vrings + self.conn.descriptors()
+        1 + usize::from(self.backend_req.is_some()) + vrings + self.rest.len() + self.conn.descriptors()
     }
 
     /// Whether one descriptor more may be kept.
@@ -277,11 +280,18 @@ impl<D: Disk> Session<D> {
 
     /// One message. False: there is none.
     fn receive(&mut self) -> Result<bool, End> {
-        let Some((header, payload, fds)) = self.conn.recv()? else { return Ok(false) };
-        let message = crate::wire::parse(&header, payload, fds.len()).map_err(ConnError::Wire)?;
-        tracing::debug!(session = self.key.id, ?message, "vhost: message");
-        self.obey(header, message, fds)?;
-        Ok(true)
+        let Some((header, payload, mut fds)) = self.conn.recv()? else { return Ok(false) };
+        let done = match crate::wire::parse(&header, payload, fds.len()) {
+            Ok(message) => {
+                tracing::debug!(session = self.key.id, ?message, "vhost: message");
+                self.obey(header, message, &mut fds)
+            }
+            Err(e) => Err(ConnError::Wire(e).into()),
+        };
+        if done.is_err() {
+            self.rest.append(&mut fds);
+        }
+        done.map(|()| true)
     }
 
     /// Makes room for another front end.
@@ -294,6 +304,10 @@ impl<D: Disk> Session<D> {
         match why {
             End::Conn(ConnError::Closed) => {
                 tracing::info!(controller = self.shared.name, session = self.key.id, "vhost: {why}");
+            }
+            // Strangers could fill the log with it; the controller says so now and then.
+            End::MakesRoom => {
+                tracing::debug!(controller = self.shared.name, session = self.key.id, "vhost: {why}");
             }
             _ => tracing::warn!(controller = self.shared.name, session = self.key.id, "vhost: {why}"),
         }
@@ -439,6 +453,17 @@ impl<D: Disk> Session<D> {
         let header = crate::wire::Header::message(request, 0);
         if let Err(e) = crate::conn::send(std::os::fd::AsFd::as_fd(socket), &header, &[], None) {
             tracing::warn!(session = self.key.id, "vhost: the guest was not told of its new size: {e}");
+        }
+    }
+}
+
+impl<D: Disk> Drop for Session<D> {
+    fn drop(&mut self) {
+        let mut left = std::mem::take(&mut self.rest);
+        left.extend(self.conn.end());
+        left.extend(self.backend_req.take());
+        if !left.is_empty() {
+            self.shared.closing.close(left, self.lease.take());
         }
     }
 }
