@@ -11,7 +11,7 @@
 
 use std::collections::HashMap;
 
-use nbd_poll::listener::Source;
+use quota::Source;
 
 /// Parts of a part that is reserved; with fewer connections nothing is shared.
 const PART: usize = 8;

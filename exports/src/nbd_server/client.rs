@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bdev::Descriptor;
-use nbd_poll::listener::{Socket, Source};
+use nbd_poll::listener::Socket;
 use nbd_poll::{Buffers, Connection, End, Incoming, RequestId};
 use nbd_proto::request::Command;
+use quota::Source;
 
 use nbd_proto::framing::Agreed;
 use nbd_proto::wire::ErrorCode;

@@ -12,9 +12,9 @@ use std::time::Instant;
 
 use bdev::Completions;
 use iobuf::Registry;
-use nbd_poll::listener::Source;
 use nbd_poll::{Buffers, End, Incoming, Share};
 use nbd_proto::wire::ErrorCode;
+use quota::Source;
 use reactor::{Handle, Polled, Poller, Turn};
 use rustix::event::{Timespec, epoll};
 

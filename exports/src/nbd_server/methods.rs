@@ -6,8 +6,9 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use engine::{App, MethodText};
-use nbd_poll::listener::{Address, Peer, Source};
+use nbd_poll::listener::{Address, Peer};
 use nbd_proto::haggle::wire::NBD_PORT;
+use quota::Source;
 use reactor::Turn;
 use reactor::descriptors::Budget;
 use rpc::{MethodTable, Responder, RpcError, States};

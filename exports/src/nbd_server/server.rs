@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use bdev::{Event as BdevEvent, Manager, Mode};
 use engine::placement::{Place, Placement};
-use nbd_poll::listener::{AcceptorOptions, Address, Event, Identity, Peer, Source};
+use nbd_poll::listener::{AcceptorOptions, Address, Event, Identity, Peer};
 use reactor::descriptors::{Budget, Part};
 use reactor::{Handle, Polled, Poller, Turn};
 
@@ -301,13 +301,13 @@ impl Server {
 
     /// How one connection more from there is let in, if it is.
     pub(super) fn entrance(&self, peer: &Peer) -> Option<Entrance> {
-        self.census.entrance(self.max_connections(), Source::of(peer), self.exports.name(peer))
+        self.census.entrance(self.max_connections(), peer.source(), self.exports.name(peer))
     }
 
     /// A lane has let go of a connection. `shed`: the client has not kept to its times.
     pub(super) fn connection_ended(&mut self, cx: &mut Turn<'_>, id: u64, why: &str, shed: bool) {
         let Some(gone) = self.connections.remove(&id) else { return };
-        self.census.leave(Source::of(&gone.who.peer));
+        self.census.leave(gone.who.peer.source());
         if shed {
             self.turned.out += 1;
             tracing::warn!(id, peer = %gone.who, export = gone.export_name, why, "NBD client is ended");

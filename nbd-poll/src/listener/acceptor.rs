@@ -16,7 +16,7 @@ use super::handshake::{Handshake, HandshakeError, Progress};
 use super::identity::{Identity, Shelf};
 use super::link::Socket;
 use super::socket::Listener;
-use super::source::Source;
+use quota::Source;
 
 /// Connections accepted in one turn.
 const ACCEPTS_PER_TURN: usize = 16;
@@ -220,7 +220,7 @@ impl Acceptor {
                     events.push(Event::Failed(Identity { peer, tls: None }, HandshakeError::Full));
                 }
                 Ok(Some((socket, peer))) => {
-                    self.make_room(Source::of(&peer), events);
+                    self.make_room(peer.source(), events);
                     self.begin(now, socket, peer, shelf, events);
                 }
                 Err(e) => {
@@ -245,8 +245,8 @@ impl Acceptor {
     fn least_worth(&self, newcomer: Source) -> Option<usize> {
         let all = || self.handshakes.iter().enumerate().filter_map(|(place, h)| Some((place, h.as_ref()?)));
         let mut counts = HashMap::from([(newcomer, 1)]);
-        all().for_each(|(_, h)| *counts.entry(Source::of(&h.who.peer)).or_insert(0) += 1);
-        let of = |h: &Handshake| counts.get(&Source::of(&h.who.peer)).copied().unwrap_or(0);
+        all().for_each(|(_, h)| *counts.entry(h.who.peer.source()).or_insert(0) += 1);
+        let of = |h: &Handshake| counts.get(&h.who.peer.source()).copied().unwrap_or(0);
         let most = all().map(|(_, h)| of(h)).max()?;
         let theirs = all().filter(|(_, h)| of(h) == most);
         theirs.min_by_key(|(_, h)| h.heard).map(|(place, _)| place)

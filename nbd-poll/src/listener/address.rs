@@ -1,5 +1,6 @@
 //! Where a server listens, and who came.
 
+use quota::Source;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -37,6 +38,16 @@ pub enum Peer {
     },
     /// Over TCP.
     Tcp(SocketAddr),
+}
+
+impl Peer {
+    /// Whom it counts for, where many share what there is.
+    pub fn source(&self) -> Source {
+        match self {
+            Self::Unix { uid, .. } => Source::User(*uid),
+            Self::Tcp(address) => Source::of(address.ip()),
+        }
+    }
 }
 
 impl fmt::Display for Peer {

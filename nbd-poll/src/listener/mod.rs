@@ -11,7 +11,6 @@ mod handshake;
 mod identity;
 mod link;
 mod socket;
-mod source;
 
 pub use acceptor::{Accepted, Acceptor, AcceptorOptions, Event};
 pub use address::{Address, Peer};
@@ -19,4 +18,3 @@ pub use handshake::HandshakeError;
 pub use identity::{Identity, Shelf, TlsIdentity};
 pub use link::{Encrypted, Socket};
 pub use socket::{ListenError, Listener, peer_of};
-pub use source::Source;

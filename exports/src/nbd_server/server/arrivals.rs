@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use engine::App;
-use nbd_poll::listener::{Accepted, Address, Event, HandshakeError, Identity, Peer, Source};
+use nbd_poll::listener::{Accepted, Address, Event, HandshakeError, Identity, Peer};
 use reactor::Turn;
 
 use super::super::census::Entrance;
@@ -18,7 +18,7 @@ impl Server {
         for place in 0..self.listeners.len() {
             let most = self.max_connections();
             let (census, exports) = (&self.census, &self.exports);
-            let admits = |peer: &Peer| census.entrance(most, Source::of(peer), exports.name(peer)).is_some();
+            let admits = |peer: &Peer| census.entrance(most, peer.source(), exports.name(peer)).is_some();
             let listening = &mut self.listeners[place];
             let view = View { exports, default: listening.export.as_deref() };
             busy |= listening.acceptor.poll(cx.now, &admits, &view, &mut self.events);
@@ -73,7 +73,7 @@ impl Server {
         let Some(entrance) = alone.or_else(|| self.entrance(&accepted.who.peer)) else {
             return self.refused(cx, listener, &accepted.who, &HandshakeError::Full);
         };
-        let source = Source::of(&accepted.who.peer);
+        let source = accepted.who.peer.source();
         let export_name = name.clone();
         let (stats, place) = (Arc::<Stats>::default(), self.placement.take());
         let new = NewClient {
