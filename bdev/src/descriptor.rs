@@ -16,6 +16,29 @@ pub enum Mode {
     ReadWrite,
 }
 
+/// Who opens a bdev, and what that means for others who ask for it by its name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum User {
+    /// A front end that offers it to somebody and has rules of its own for that: "NBD export 'a'".
+    Export(String),
+    /// The bdev of this name is built on it.
+    Layer(String),
+    /// A client that a front end has let in, in words. It keeps nobody else off.
+    Client(String),
+    /// Another part of the program.
+    Part,
+}
+
+impl std::fmt::Display for User {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Export(what) | Self::Client(what) => f.write_str(what),
+            Self::Layer(name) => write!(f, "bdev {name}, which is built on it"),
+            Self::Part => f.write_str("another part of this program"),
+        }
+    }
+}
+
 /// What the users of a bdev are told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
@@ -66,6 +89,7 @@ impl Opens {
 pub(crate) struct Open {
     pub(crate) entry: Arc<Entry>,
     pub(crate) mode: Mode,
+    pub(crate) user: User,
     id: u64,
     events: Box<dyn Fn(Event) + Send + Sync>,
 }
@@ -105,6 +129,7 @@ impl Descriptor {
     pub(crate) fn open(
         entry: Arc<Entry>,
         mode: Mode,
+        user: User,
         events: Box<dyn Fn(Event) + Send + Sync>,
     ) -> Result<Self, Error> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
@@ -115,7 +140,7 @@ impl Descriptor {
         let id = NEXT.fetch_add(1, Ordering::Relaxed);
         // Without the lock: the device may have to ask a thread that wants it. Undone by the drop of `open`.
         entry.bdev().opened(mode)?;
-        let open = Arc::new(Open { entry: entry.clone(), mode, id, events });
+        let open = Arc::new(Open { entry: entry.clone(), mode, user, id, events });
         let mut opens = entry.opens();
         // Under this lock, so that `unregister` either finds the new descriptor or is seen here.
         if entry.removed.load(Ordering::Acquire) {

@@ -170,6 +170,12 @@ pub trait Bdev: Any + Send + Sync {
     /// A descriptor of `mode` and all its channels are gone.
     fn closed(&self, _mode: Mode) {}
 
+    /// Somebody whom the manager does not know has the device for himself, so nobody else should be given it, not even to
+    /// read. Control path.
+    fn is_held(&self) -> bool {
+        false
+    }
+
     /// What of `blocks` blocks from `lba` on, a range inside the bdev, is allocated: at least one extent, at most `max`, in
     /// order and without gaps, less than the range if there are more. `None` where that is not known, which is as good as
     /// all data. Control path: may wait for the device's own metadata.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use uuid::Uuid;
 
-use crate::descriptor::{Descriptor, Event, Mode};
+use crate::descriptor::{Descriptor, Event, Mode, User};
 use crate::device::{Bdev, Info};
 use crate::io::Op;
 use crate::manager::{Error, Manager};
@@ -28,7 +28,7 @@ pub(crate) fn open_base(
     };
     let read_only = manager.get(base)?.info().read_only;
     let mode = if read_only { Mode::ReadOnly } else { Mode::ReadWrite };
-    let descriptor = manager.open(base, mode, Box::new(events))?;
+    let descriptor = manager.open_as(User::Layer(name.to_owned()), base, mode, Box::new(events))?;
     if mode == Mode::ReadWrite {
         descriptor.claim(&format!("{kind} bdev {name}"))?;
     }

@@ -23,8 +23,9 @@ pub mod null;
 pub mod spdk;
 mod stats;
 pub mod uring;
+mod users;
 
-pub use descriptor::{Claim, Descriptor, Event, Mode};
+pub use descriptor::{Claim, Descriptor, Event, Mode, User};
 pub use device::{Bdev, Channel, ChannelError, DriverValue, Extent, Info, OpSet};
 pub use histogram::{HistogramConfig, LatencyHistogram};
 pub use io::{Completion, Completions, Flags, IoRequest, Op, Rejected, Segments, Status};

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 
 use iobuf::{Region, Registry};
 
-use crate::descriptor::{Claim, Descriptor, Event, Mode, Opens};
+use crate::descriptor::{Claim, Descriptor, Event, Mode, Opens, User};
 use crate::device::{Bdev, Info, OpSet};
 use crate::histogram::{HistogramConfig, LatencyHistogram};
 use crate::stats::{BdevStats, IoStats, ResetMode};
@@ -137,6 +137,9 @@ pub struct BdevStatus {
     pub opens: usize,
 }
 
+/// See [`Manager::on_first_export`].
+pub(crate) type FirstExport = Box<dyn FnOnce() + Send>;
+
 type NotifyFn = Arc<dyn Fn(Notice, &str) + Send + Sync>;
 
 /// All bdevs of the process.
@@ -145,6 +148,9 @@ pub struct Manager {
     zeroes: OnceLock<Arc<Region>>,
     table: Mutex<Table>,
     notify: Mutex<Option<NotifyFn>>,
+    /// See [`Manager::note_export`].
+    pub(crate) exported: AtomicBool,
+    pub(crate) on_first_export: Mutex<Option<FirstExport>>,
 }
 
 #[derive(Default)]
@@ -214,6 +220,8 @@ impl Manager {
             zeroes: OnceLock::new(),
             table: Mutex::default(),
             notify: Mutex::new(None),
+            exported: AtomicBool::new(false),
+            on_first_export: Mutex::new(None),
         })
     }
 
@@ -283,7 +291,26 @@ impl Manager {
         mode: Mode,
         events: Box<dyn Fn(Event) + Send + Sync>,
     ) -> Result<Descriptor, Error> {
-        Descriptor::open(self.entry(name)?, mode, events)
+        self.open_as(User::Part, name, mode, events)
+    }
+
+    /// As [`Manager::open`], saying who opens it.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open_as(
+        self: &Arc<Self>,
+        user: User,
+        name: &str,
+        mode: Mode,
+        events: Box<dyn Fn(Event) + Send + Sync>,
+    ) -> Result<Descriptor, Error> {
+        let is_export = matches!(user, User::Export(_));
+        let descriptor = Descriptor::open(self.entry(name)?, mode, user, events)?;
+        if is_export {
+            self.note_export();
+        }
+        Ok(descriptor)
     }
 
     /// Takes a bdev off the table and tells its users. `on_gone` runs when the last of them let go: at once, from
@@ -452,13 +479,13 @@ impl Manager {
     }
 
     // Entries leave the lock as clones: dropping the last one takes the lock again.
-    fn entry(&self, name: &str) -> Result<Arc<Entry>, Error> {
+    pub(crate) fn entry(&self, name: &str) -> Result<Arc<Entry>, Error> {
         let table = self.table();
         let entry = table.names.get(name).and_then(|id| table.live.get(id)).cloned();
         entry.ok_or_else(|| Error::NotFound { name: name.to_owned() })
     }
 
-    fn entries(&self) -> Vec<Arc<Entry>> {
+    pub(crate) fn entries(&self) -> Vec<Arc<Entry>> {
         self.table().live.values().cloned().collect()
     }
 

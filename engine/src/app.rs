@@ -211,6 +211,9 @@ pub fn run(options: Options, started: impl FnOnce(&Handle)) -> Result<(), Error>
     let table = prepare_table(table, options.rpcs_allowed.as_deref(), options.config.as_ref())?;
     let unconfigured = options.config.is_none() && !options.wait_for_rpc;
     options.config.iter().for_each(|config| mention_oddities(config, &subsystems));
+    if options.config.iter().any(|config| exports(config, &subsystems)) {
+        manager.note_export();
+    }
     let rpc_server = rpc::Server::listen(&options.rpc_socket, table.clone())?;
     let team = Team::start(options.cpumask.cores(), options.idle)?;
     let notifications = Notifications::hook(&manager, control.handle());
@@ -297,6 +300,12 @@ fn mention_oddities(config: &Config, subsystems: &[Rc<dyn Subsystem>]) {
             known.join(", ")
         );
     }
+}
+
+/// Whether a configuration says who may have a bdev: already before that call is made, and if it fails or has to wait.
+fn exports(config: &Config, subsystems: &[Rc<dyn Subsystem>]) -> bool {
+    let exporting: Vec<&str> = subsystems.iter().flat_map(|s| s.exporting()).copied().collect();
+    config.calls.iter().any(|call| exporting.contains(&call.method.as_str()))
 }
 
 fn prepare_table(

@@ -45,7 +45,7 @@ impl Notifications {
             hook.push(notice.name(), name);
             if notice == Notice::Registered {
                 let name = name.to_owned();
-                App::send(&control, move |app, _| app.bdev_arrived(name));
+                App::send(&control, move |app, _| app.bdev_registered(name));
             }
         });
         ring

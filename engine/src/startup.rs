@@ -22,6 +22,8 @@ pub(crate) struct Startup {
     /// Callers of `framework_start_init` and `framework_wait_init`.
     waiters: Vec<Responder>,
     on_ready: Option<OnReady>,
+    /// The configuration has been carried out.
+    is_ready: bool,
 }
 
 impl Startup {
@@ -43,7 +45,18 @@ impl Startup {
         let replay = Some(first);
         let (begun, initialised, waiters) = (false, 0, Vec::new());
         let left = VecDeque::new();
-        Ok(Self { config, on_error, replay, left, wait_for_rpc, begun, initialised, waiters, on_ready })
+        Ok(Self {
+            config,
+            on_error,
+            replay,
+            left,
+            wait_for_rpc,
+            begun,
+            initialised,
+            waiters,
+            on_ready,
+            is_ready: false,
+        })
     }
 
     /// Makes no more calls.
@@ -104,9 +117,23 @@ impl App {
             waiter.ok(true);
         }
         tracing::info!(cores = self.cpumask.to_hex(), "ready");
+        self.startup.is_ready = true;
+        for subsystem in self.subsystems.clone() {
+            subsystem.ready(self, cx);
+        }
         if let Some(on_ready) = self.startup.on_ready.take() {
             on_ready(self, cx);
         }
+    }
+
+    /// A bdev is there that was not.
+    pub(crate) fn bdev_registered(&mut self, bdev: String) {
+        if self.startup.is_ready {
+            for subsystem in self.subsystems.clone() {
+                subsystem.bdev_registered(self);
+            }
+        }
+        self.bdev_arrived(bdev);
     }
 
     /// Goes on with the configuration; true while there is something to do.

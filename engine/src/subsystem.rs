@@ -55,6 +55,18 @@ pub trait Subsystem {
     /// The calls that make its present state, for `framework_get_config`.
     fn config(&self, app: &App) -> Vec<Value>;
 
+    /// Methods that offer a bdev to somebody. A configuration with one of them says who may have what, also while the call
+    /// has not been made yet.
+    fn exporting(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    /// The configuration has been carried out, but for what waits for a bdev.
+    fn ready(&self, _app: &mut App, _cx: &mut Turn<'_>) {}
+
+    /// A bdev was registered; not called before [`ready`](Self::ready).
+    fn bdev_registered(&self, _app: &mut App) {}
+
     /// Whether a bdev of this name will come later, from a server that is not there yet: calls of the configuration
     /// that name it wait for it.
     fn expects_bdev(&self, _app: &App, _name: &str) -> bool {

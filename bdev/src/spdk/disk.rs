@@ -322,6 +322,15 @@ impl Bdev for SpdkBdev {
         }
     }
 
+    /// SPDK has no other question for this: whoever may write, may claim it, and nobody else has.
+    fn is_held(&self) -> bool {
+        let opened = self.opened(Mode::ReadWrite);
+        if opened.is_ok() {
+            self.closed(Mode::ReadWrite);
+        }
+        opened.is_err()
+    }
+
     fn channel(self: Arc<Self>) -> Result<Box<dyn Channel>, ChannelError> {
         self.channel_for(Mode::ReadOnly)
     }

@@ -1,6 +1,6 @@
 //! Opening a file or block device, and finding out what it can do.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -28,6 +28,35 @@ pub(super) struct Backing {
     pub(super) physical_block: u32,
     /// What was found out at run time to be missing; shared by all channels.
     pub(super) able: Able,
+}
+
+/// What a file or block device is, by whatever path: one has it as long as it is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FileId {
+    /// A file.
+    File {
+        /// Of its file system.
+        device: u64,
+        /// In there.
+        inode: u64,
+    },
+    /// A block device, by its number.
+    Device(u64),
+}
+
+impl FileId {
+    /// Of what `fd` is open on; `None` if that is neither a regular file nor a block device.
+    ///
+    /// # Errors
+    /// fstat(2).
+    pub fn of(fd: impl AsFd) -> Result<Option<Self>, Errno> {
+        let stat = rustix::fs::fstat(fd)?;
+        Ok(match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => Some(Self::File { device: stat.st_dev, inode: stat.st_ino }),
+            FileType::BlockDevice => Some(Self::Device(stat.st_rdev)),
+            _ => None,
+        })
+    }
 }
 
 /// Abilities that a file system may turn out to lack.

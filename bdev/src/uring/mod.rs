@@ -29,6 +29,7 @@ use uuid::Uuid;
 use crate::device::{Bdev, Channel, ChannelError, DriverValue, Extent, Info, OpSet};
 use crate::io::Op;
 use crate::manager::{Error, Manager};
+pub use file::FileId;
 use file::{Backing, Wish};
 
 /// Which of SPDK's modules the bdev presents itself as.
@@ -125,6 +126,17 @@ pub fn create(manager: &Arc<Manager>, params: Params) -> Result<String, Error> {
     };
     manager.register(Arc::new(uring))?;
     Ok(name)
+}
+
+/// The bdevs, by their names, whose file or device this is.
+pub fn on_file(manager: &Manager, file: FileId) -> Vec<String> {
+    let uring = |bdev: Arc<dyn Bdev>| {
+        let any: Arc<dyn std::any::Any + Send + Sync> = bdev;
+        any.downcast::<Uring>().ok()
+    };
+    let all = manager.list().into_iter().filter_map(|status| uring(status.bdev));
+    let same = all.filter(|uring| FileId::of(&uring.backing.fd) == Ok(Some(file)));
+    same.map(|uring| uring.info.name.clone()).collect()
 }
 
 /// Asks the file or device for its size and tells the users of `name` if it changed (`bdev_aio_rescan`,

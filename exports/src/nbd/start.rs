@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bdev::{Descriptor, Event, Mode};
+use bdev::{Descriptor, Event, Mode, User};
 use engine::App;
 use engine::methods::bdev_error;
 use nbd_poll::kernel::netlink::Netlink;
@@ -113,7 +113,8 @@ fn open_bdev(app: &App, key: Key, params: &StartDisk) -> Result<Descriptor, RpcE
     let mode = if read_only { Mode::ReadOnly } else { Mode::ReadWrite };
     let control = app.control.clone();
     let events = move |event| App::send(&control, move |app, _| bdev_event(app, key, event));
-    app.manager.open(name, mode, Box::new(events)).map_err(error)
+    let user = User::Export("a kernel NBD disk".into());
+    app.manager.open_as(user, name, mode, Box::new(events)).map_err(error)
 }
 
 fn bdev_event(app: &mut App, key: Key, event: Event) {

@@ -56,6 +56,10 @@ impl Subsystem for Nbd {
         &[("nbd", "nbd_poll"), ("nbd", "exports::nbd")]
     }
 
+    fn exporting(&self) -> &'static [&'static str] {
+        &["nbd_start_disk"]
+    }
+
     fn initialise(&self, app: &mut App, _: &mut Turn<'_>) -> Result<(), Error> {
         app.set_state(Rc::new(RefCell::new(Disks::new(self.run_dir.clone()))));
         Ok(())

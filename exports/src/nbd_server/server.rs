@@ -11,7 +11,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bdev::{Event as BdevEvent, Manager, Mode};
+use bdev::{Event as BdevEvent, Manager, Mode, User};
 use engine::placement::{Place, Placement};
 use nbd_poll::listener::{AcceptorOptions, Address, Event, Identity, Peer};
 use reactor::descriptors::{Budget, Part};
@@ -207,7 +207,8 @@ impl Server {
                 Self::send(&control, move |server, cx| server.bdev_removed(cx, id));
             }
         };
-        let descriptor = self.manager.open(bdev, mode, Box::new(events))?;
+        let user = User::Export(format!("NBD export '{name}'"));
+        let descriptor = self.manager.open_as(user, bdev, mode, Box::new(events))?;
         let bdev_name = descriptor.info().name.clone();
         tracing::info!(export = name, bdev = bdev_name, read_only, "NBD export created");
         let (fence, ranges) = (Fence::default(), RangeLock::default());

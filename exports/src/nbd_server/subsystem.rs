@@ -53,6 +53,10 @@ impl Subsystem for NbdServer {
         &[("nbd", "nbd_poll"), ("nbd_server", "exports::nbd_server")]
     }
 
+    fn exporting(&self) -> &'static [&'static str] {
+        &["nbd_server_create_export"]
+    }
+
     fn prepare(&self, app: &mut App) {
         let server = Server::new(
             app.manager.clone(),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bdev::{Event, Mode};
+use bdev::{Event, Mode, User};
 use reactor::Turn;
 use rpc::{Responder, RpcError};
 use rustix::io::Errno;
@@ -68,7 +68,8 @@ impl Target {
         let control = self.control.clone();
         let events = move |event| Self::send(&control, move |target, cx| target.event(cx, id, run, event));
         let mode = if read_only { Mode::ReadOnly } else { Mode::ReadWrite };
-        let opened = self.manager.open(&spec.bdev_name, mode, Box::new(events));
+        let user = User::Export(format!("ublk disk {id}"));
+        let opened = self.manager.open_as(user, &spec.bdev_name, mode, Box::new(events));
         let descriptor = opened.map_err(|e| bdev_error(method, &spec.bdev_name, &e))?;
         Ok(Disk {
             spec,

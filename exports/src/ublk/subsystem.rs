@@ -40,6 +40,10 @@ impl Subsystem for Ublk {
         &[("ublk", "ublk_poll"), ("ublk", "exports::ublk")]
     }
 
+    fn exporting(&self) -> &'static [&'static str] {
+        &["ublk_start_disk", "ublk_recover_disk"]
+    }
+
     fn initialise(&self, app: &mut App, cx: &mut Turn<'_>) -> Result<(), Error> {
         let target = Target::install(cx, app.manager.clone(), app.reactors.clone(), app.placement.clone());
         app.set_state(target);

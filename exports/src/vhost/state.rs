@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use bdev::{Event, Mode};
+use bdev::{Event, Mode, User};
 use engine::App;
 use engine::placement::Placement;
 use reactor::descriptors::{Budget, Part, Pool, Share};
@@ -183,7 +183,8 @@ fn open(app: &App, spec: &Spec, run: u64) -> Result<bdev::Descriptor, RpcError> 
         let name = name.clone();
         App::send(&control, move |app, cx| bdev_event(app, cx, &name, run, event));
     };
-    app.manager.open(&spec.bdev, mode, Box::new(events)).map_err(|e| bdev(&e))
+    let user = User::Export(format!("vhost controller '{}'", spec.name));
+    app.manager.open_as(user, &spec.bdev, mode, Box::new(events)).map_err(|e| bdev(&e))
 }
 
 /// The bdev of controller `name` changed.

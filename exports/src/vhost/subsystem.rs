@@ -51,6 +51,10 @@ impl Subsystem for Vhost {
         ]
     }
 
+    fn exporting(&self) -> &'static [&'static str] {
+        &["vhost_create_blk_controller"]
+    }
+
     fn prepare(&self, app: &mut App) {
         app.set_state(Rc::new(RefCell::new(VhostState::default())));
     }
