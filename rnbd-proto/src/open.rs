@@ -196,6 +196,17 @@ impl SearchPath {
         collapse_slashes(&self.raw_prefix(sessname))
     }
 
+    /// What all prefixes begin with: what lies before [`SESSNAME`], slashes collapsed, ending in one.
+    pub fn common(&self) -> String {
+        let before = self.0.split_once(SESSNAME).map_or(&*self.0, |(before, _)| before);
+        collapse_slashes(&format!("{before}/"))
+    }
+
+    /// Sessions have paths of their own.
+    pub fn by_session(&self) -> bool {
+        self.0.contains(SESSNAME)
+    }
+
     /// The path of `dev_name` for the session called `sessname`, put together as the kernel does.
     ///
     /// # Errors
@@ -276,6 +287,8 @@ mod tests {
             let search = SearchPath::new(search).unwrap();
             let path = search.full_path("s1", "a/b").unwrap();
             assert_eq!(path.strip_prefix(&search.prefix("s1")), Some("a/b"));
+            assert!(path.starts_with(&search.common()) && search.common().ends_with('/'));
+            assert_eq!(search.by_session(), search.prefix("s1") != search.common());
         }
     }
 

@@ -25,6 +25,6 @@ pub use limit::LogLimit;
 pub use options::Options;
 pub use path::{MemoryError, Path, PathStats};
 pub use provider::{Choice, Provider, owns_no_device};
-pub use server::{ListenError, Listening, PathInfo, Server, SessionEvents, SessionInfo};
+pub use server::{ListenError, Listening, PathInfo, Server, SessionEvents, SessionInfo, Verdict};
 pub use session::Session;
 pub use upper::{Incoming, MAX_USR_LEN, ReqId, Upper};

@@ -1,7 +1,8 @@
 //! What the paths of one session share across reactors.
 
-use std::sync::OnceLock;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock};
 
 use rtrs_proto::wire::Uuid;
 
@@ -21,6 +22,8 @@ pub struct Session {
     pub uuid: Uuid,
     name: OnceLock<String>,
     opened: AtomicBool,
+    /// Of its paths that came up and are not closed yet: tag, client's address. Control threads only.
+    peers: Mutex<Vec<(u32, IpAddr)>>,
     /// By buffer id: tag of the owning path, 0 if free.
     owners: Box<[AtomicU32]>,
 }
@@ -28,12 +31,32 @@ pub struct Session {
 impl Session {
     pub(crate) fn new(key: u32, uuid: Uuid, queue_depth: u16) -> Self {
         let owners = (0..queue_depth).map(|_| AtomicU32::new(0)).collect();
-        Self { key, uuid, name: OnceLock::new(), opened: AtomicBool::new(false), owners }
+        let opened = AtomicBool::new(false);
+        Self { key, uuid, name: OnceLock::new(), opened, peers: Mutex::default(), owners }
     }
 
     /// Session name, as the first path's INFO_REQ gave it; empty before.
     pub fn name(&self) -> &str {
         self.name.get().map_or("", String::as_str)
+    }
+
+    /// The addresses that its paths come from.
+    pub fn peers(&self) -> Vec<IpAddr> {
+        self.lock_peers().iter().map(|(_, ip)| *ip).collect()
+    }
+
+    fn lock_peers(&self) -> MutexGuard<'_, Vec<(u32, IpAddr)>> {
+        self.peers.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// A path has come up.
+    pub(crate) fn arrived(&self, tag: u32, peer: IpAddr) {
+        self.lock_peers().push((tag, peer));
+    }
+
+    /// A path is gone.
+    pub(crate) fn left(&self, tag: u32) {
+        self.lock_peers().retain(|(t, _)| *t != tag);
     }
 
     pub(crate) fn set_name(&self, name: &str) {

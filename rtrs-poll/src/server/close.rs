@@ -76,6 +76,7 @@ impl<U: Upper> Server<U> {
         if entry.path.session.has_opened() {
             self.table.remember(entry.path.peer.ip());
         }
+        entry.path.session.left(tag);
         if let Some(closed) = self.table.path_closed(entry.id) {
             if closed.last_up {
                 let events = self.events.clone();
@@ -86,6 +87,7 @@ impl<U: Upper> Server<U> {
             }
         }
         tracing::debug!(session = entry.path.session.name(), peer = %entry.path.peer, "path closed");
+        self.names_freed(cx);
         if self.paths.is_empty()
             && let Some(done) = self.drained.take()
         {

@@ -38,6 +38,9 @@ impl<U: Upper> Server<U> {
         local: SocketAddr,
         peer: SocketAddr,
     ) {
+        if let Err((errno, why)) = self.judge_connection(cx, private, local.ip(), peer.ip()) {
+            return self.refuse(cx, cm, id, peer, errno, &why);
+        }
         let admitted = match self.admit(cx, private, local.ip(), peer.ip()) {
             Ok(a) => a,
             Err((errno, why)) => return self.refuse(cx, cm, id, peer, errno, &why),
@@ -273,9 +276,10 @@ impl<U: Upper> Server<U> {
     /// INFO_REQ came in: the path comes up, or is closed.
     pub(super) fn info_req(&mut self, cx: &mut Turn<'_>, tag: u32, message: &[u8]) {
         let Some(entry) = self.paths.get(&tag) else { return };
-        if entry.closing {
+        if entry.closing || !self.judge_info(cx, tag, message) {
             return;
         }
+        let Some(entry) = self.paths.get(&tag) else { return };
         let (path, device) = (entry.path.clone(), entry.device.clone());
         let up = match self.bring_up(cx, entry.id, message) {
             Ok(up) => up,
@@ -291,6 +295,7 @@ impl<U: Upper> Server<U> {
         }
         let connections = self.paths.get(&tag).map_or(0, |entry| entry.cons.len());
         path.session.set_name(&up.name);
+        path.session.arrived(tag, path.peer.ip());
         if up.first_of_session {
             let events = self.events.clone();
             events.borrow_mut().session_up(cx, &path.session);

@@ -1,5 +1,6 @@
 //! What is connected, for listings.
 
+use std::net::IpAddr;
 use std::time::Instant;
 
 use quota::Limit;
@@ -49,6 +50,8 @@ pub struct SessionInfo {
     pub queue_depth: u16,
     /// Bytes of each chunk.
     pub chunk_size: u32,
+    /// Addresses of its paths that are up.
+    pub peers: Vec<IpAddr>,
     /// Its paths.
     pub paths: Vec<PathInfo>,
 }
@@ -69,6 +72,7 @@ impl<U: Upper> Server<U> {
                 uuid: s.uuid.to_string(),
                 inflight: s.inflight(),
                 queue_depth: self.options.geometry.queue_depth(),
+                peers: s.peers(),
                 chunk_size: self.options.geometry.chunk_size(),
                 paths: self.paths.values().filter(|p| p.session_id == *id).map(|p| p.info(now)).collect(),
             })

@@ -10,6 +10,7 @@
 
 mod close;
 mod connect;
+mod identity;
 mod info;
 
 use std::cell::RefCell;
@@ -47,6 +48,28 @@ pub trait SessionEvents {
     fn session_up(&mut self, cx: &mut Turn<'_>, session: &Arc<Session>);
     /// Its last path is gone and nothing of it is in flight: close its devices.
     fn session_down(&mut self, cx: &mut Turn<'_>, session: &Arc<Session>);
+
+    /// May a path from `peer` join the session, which is called `name` and has paths from `present`?
+    fn judge_join(&self, _: &Session, _name: &str, _peer: IpAddr, _present: &[IpAddr]) -> Verdict {
+        Verdict::Welcome
+    }
+
+    /// May a new session from `peer` have the name of one that has paths from `holders`? [`Verdict::Displaces`]
+    /// ends that one; anything else leaves it the name.
+    fn judge_name(&self, name: &str, _peer: IpAddr, _holders: &[IpAddr]) -> Verdict {
+        Verdict::Refused(format!("the name {name:?} is in use"))
+    }
+}
+
+/// What the layer above says of a path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It may come up.
+    Welcome,
+    /// It may not, for this reason.
+    Refused(String),
+    /// It may, and those that are there have no right to be: their session ends.
+    Displaces,
 }
 
 /// A listener could not be opened.
@@ -102,6 +125,8 @@ pub struct Server<U: Upper> {
     refusals: LogLimit,
     /// Bytes of queues that were freed and that the allocator may keep.
     freed: u64,
+    /// INFO_REQs that wait for a session to end.
+    claims: Vec<identity::Claim>,
     failed_cms: HashSet<usize>,
     _upper: std::marker::PhantomData<U>,
 }
@@ -243,6 +268,7 @@ impl<U: Upper> Server<U> {
             stopping: false,
             refusals: LogLimit::new(10),
             freed: 0,
+            claims: Vec::new(),
             failed_cms: HashSet::new(),
             _upper: std::marker::PhantomData,
         }));

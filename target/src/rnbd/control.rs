@@ -3,13 +3,12 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
-use bdev::{Descriptor, Event, Manager, Mode};
+use bdev::{Descriptor, Event, Manager, Mode, User};
 use reactor::{Handle, Turn};
 use rnbd_proto::device::DevGeometry;
 use rnbd_proto::errno::Errno;
@@ -17,12 +16,14 @@ use rnbd_proto::io::Data;
 use rnbd_proto::open::{AccessMode, AccessTable};
 use rnbd_proto::session::{DEFAULT_MAX_DEVICES, Device, DeviceId, Open, Session};
 use rnbd_proto::wire::{MsgClose, MsgOpen, MsgSessInfo, msg_type};
-use rtrs_poll::{Lane, LogLimit, SessionEvents};
+use rtrs_poll::{Lane, LogLimit, SessionEvents, Verdict};
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::export::{Exports, Found};
+use super::bdevs::TableOfBdevs;
+use super::export::{Exports, allowed};
 use super::geometry::geometry;
 use super::lane::RnbdLane;
+use super::names::{Asking, By, File, Found, Refused};
 use super::shared::{Shared, SharedDevice};
 
 /// Sends the answer to an admin message to the reactor it came from: the message, empty for none, or the errno.
@@ -53,10 +54,14 @@ pub struct Control {
     refusals: LogLimit,
     /// Of the device ids of the next session.
     generation: u16,
+    /// OPENs that came while the configuration was carried out. A bdev may yet get an export, or a layer; `None`: it has
+    /// been carried out.
+    early: Option<Vec<Admin>>,
 }
 
 struct ClientSession {
     name: String,
+    rtrs: Arc<rtrs_poll::Session>,
     devices: Session<OpenDevice>,
 }
 
@@ -65,6 +70,7 @@ struct OpenDevice {
     /// The name it counts under in [`AccessTable`].
     bdev: String,
     read_only: bool,
+    by: By,
 }
 
 /// A device that a client has open, for listings.
@@ -80,6 +86,11 @@ pub struct OpenInfo {
     pub access_mode: &'static str,
     /// Writes are refused.
     pub read_only: bool,
+    /// By which rule it was opened.
+    pub by: By,
+    /// The same would be opened again now. What was open by the bdev's own name before the first export, or by an export that is
+    /// gone, stays open all the same.
+    pub offered: bool,
 }
 
 /// A session with what it has open, for listings.
@@ -114,6 +125,7 @@ impl Control {
             file_bdevs: HashMap::new(),
             refusals: LogLimit::new(10),
             generation: 0,
+            early: Some(Vec::new()),
         }));
         cx.set_local(Rc::new(ControlCell(control.clone())));
         control
@@ -135,12 +147,23 @@ impl Control {
                 let result = self.sess_info(&admin);
                 (admin.answer)(result);
             }
-            Some(msg_type::OPEN) => {
-                let result = self.open(&admin);
-                (admin.answer)(result);
-            }
+            Some(msg_type::OPEN) => match &mut self.early {
+                Some(early) => early.push(admin),
+                None => {
+                    let result = self.open(&admin);
+                    (admin.answer)(result);
+                }
+            },
             Some(msg_type::CLOSE) => self.close(admin),
             _ => (admin.answer)(Err(Errno::EINVAL)),
+        }
+    }
+
+    /// The configuration has been carried out: devices may be opened.
+    pub(super) fn ready(&mut self) {
+        for admin in self.early.take().unwrap_or_default() {
+            let result = self.open(&admin);
+            (admin.answer)(result);
         }
     }
 
@@ -185,19 +208,19 @@ impl Control {
             tracing::warn!(session, peer = %admin.peer, device_path = name, mode = mode_name(mode), %errno, why, "OPEN refused");
             errno
         };
-        let found = self
-            .exports
-            .borrow()
-            .resolve(session, admin.peer, name, |n| Some(self.manager.get(n).ok()?.info().name.clone()))
-            .map_err(|r| refused(r.errno, r.why))?;
-        let (bdev, read_only_export) = match found {
-            Found::Bdev { name, read_only } => (name, read_only),
-            Found::File(path) => (self.file_bdev(&path).map_err(|(e, why)| refused(e, why))?, false),
-        };
-        if read_only_export && mode.writes() {
+        let mut peers = admin.session.peers();
+        peers.push(admin.peer);
+        peers.dedup();
+        let found = self.resolve(session, &peers, name).map_err(|r| refused(r.errno, r.why))?;
+        let (Found::Bdev { read_only, .. } | Found::File(File { read_only, .. })) = &found;
+        if *read_only && mode.writes() {
             return Err(refused(Errno::EROFS, "the export is read-only".into()));
         }
-        let result = self.enter(admin, name, mode, &bdev);
+        let (bdev, by) = match found {
+            Found::Bdev { name, by, .. } => (name, by),
+            Found::File(file) => (self.file_bdev(&file).map_err(|(e, why)| refused(e, why))?, By::File),
+        };
+        let result = self.enter(admin, name, mode, &bdev, by);
         if result.is_err() {
             self.forget_unused_file(&bdev);
         }
@@ -211,6 +234,7 @@ impl Control {
         name: &str,
         mode: AccessMode,
         bdev: &str,
+        by: By,
     ) -> Result<DeviceId, (Errno, String)> {
         // Aliases of one bdev count as one device.
         let backend = self.manager.get(bdev).map_err(|e| (Errno::ENOENT, e.to_string()))?;
@@ -218,7 +242,7 @@ impl Control {
         self.access
             .acquire(&bdev, mode)
             .map_err(|e| (e, format!("bdev {bdev} has {} writers already", self.access.writers(&bdev))))?;
-        let result = self.enter_acquired(admin, name, mode, &bdev);
+        let result = self.enter_acquired(admin, name, mode, &bdev, by);
         if result.is_err() {
             self.access.release(&bdev, mode);
         }
@@ -231,10 +255,12 @@ impl Control {
         name: &str,
         mode: AccessMode,
         bdev: &str,
+        by: By,
     ) -> Result<DeviceId, (Errno, String)> {
         let io_mode = if mode.writes() { Mode::ReadWrite } else { Mode::ReadOnly };
         let events = self.events(bdev);
-        let descriptor = self.manager.open(bdev, io_mode, events).map_err(|e| {
+        let user = User::Client(format!("RNBD session {}", admin.session.name()));
+        let descriptor = self.manager.open_as(user, bdev, io_mode, events).map_err(|e| {
             let errno = Errno::from_raw(e.errno()).unwrap_or(Errno::EIO);
             (errno, e.to_string())
         })?;
@@ -242,7 +268,7 @@ impl Control {
         let device = Device {
             name: name.into(),
             mode,
-            data: OpenDevice { descriptor: descriptor.clone(), bdev: bdev.into(), read_only },
+            data: OpenDevice { descriptor: descriptor.clone(), bdev: bdev.into(), read_only, by },
         };
         let session =
             self.sessions.get_mut(&admin.session.key).ok_or((Errno::ENOTCONN, "session is gone".into()))?;
@@ -340,16 +366,27 @@ impl Control {
         tracing::info!(device_path = %device.name, bdev, "device closed");
     }
 
+    /// Looks a device path up, for a session with paths from `peers`.
+    fn resolve(&self, session: &str, peers: &[IpAddr], name: &str) -> Result<Found, Refused> {
+        let bdevs = TableOfBdevs { manager: &self.manager, for_files: &self.file_bdevs };
+        self.exports.borrow().resolve(&bdevs, Asking { session, peers }, name)
+    }
+
     /// The bdev for a file of the search path, made at its first open.
-    fn file_bdev(&mut self, path: &Path) -> Result<String, (Errno, String)> {
-        let name = path.to_string_lossy().into_owned();
-        if self.manager.get(&name).is_ok() {
-            return Ok(name);
+    fn file_bdev(&mut self, file: &File) -> Result<String, (Errno, String)> {
+        let name = file.path.to_string_lossy().into_owned();
+        if !self.file_bdevs.contains_key(&name) {
+            let params =
+                bdev::uring::Params { read_only: file.read_only, ..bdev::uring::Params::new(&name, &name) };
+            bdev::uring::create(&self.manager, params)
+                .map_err(|e| (Errno::from_raw(e.errno()).unwrap_or(Errno::EIO), e.to_string()))?;
+            self.file_bdevs.insert(name.clone(), 0);
         }
-        let params = bdev::uring::Params::new(&name, &name);
-        bdev::uring::create(&self.manager, params)
-            .map_err(|e| (Errno::from_raw(e.errno()).unwrap_or(Errno::EIO), e.to_string()))?;
-        self.file_bdevs.insert(name.clone(), 0);
+        // The name may have become another file's, since it was looked at or since it was opened.
+        if !bdev::uring::on_file(&self.manager, file.id).contains(&name) {
+            self.forget_unused_file(&name);
+            return Err((Errno::EACCES, format!("{name} is not the file any more that was looked up")));
+        }
         Ok(name)
     }
 
@@ -387,37 +424,85 @@ impl Control {
 
     /// What every session has open.
     pub fn sessions(&self) -> Vec<SessionDevices> {
-        let open = |(id, d): (DeviceId, &Device<OpenDevice>)| OpenInfo {
+        let open = |s: &ClientSession, id: DeviceId, d: &Device<OpenDevice>| OpenInfo {
             device_id: id.to_wire(),
             device_path: d.name.to_string(),
             bdev_name: d.data.bdev.clone(),
             access_mode: mode_name(d.mode),
             read_only: d.data.read_only,
+            by: d.data.by.clone(),
+            offered: self.is_offered(s, d),
         };
         let session = |s: &ClientSession| SessionDevices {
             session: s.name.clone(),
-            devices: s.devices.devices().map(open).collect(),
+            devices: s.devices.devices().map(|(id, d)| open(s, id, d)).collect(),
         };
         let mut all: Vec<_> = self.sessions.values().map(session).collect();
         all.sort_by(|a, b| a.session.cmp(&b.session));
         all
     }
+
+    /// Whether a session would be given an open device again.
+    fn is_offered(&self, session: &ClientSession, device: &Device<OpenDevice>) -> bool {
+        let own = |name: &str| self.manager.get(name).map(|bdev| bdev.info().name.clone());
+        match self.resolve(&session.name, &session.rtrs.peers(), &device.name) {
+            Ok(Found::Bdev { name, read_only, .. }) => {
+                own(&name).is_ok_and(|own| own == device.data.bdev) && !(read_only && device.mode.writes())
+            }
+            Ok(Found::File(file)) => file.path.to_str() == Some(&device.data.bdev),
+            Err(_) => false,
+        }
+    }
+
+    /// Somebody has exported something for the first time: bdevs are not given to whoever says their names any more, but
+    /// nobody's device is closed for that. The operator should know.
+    pub(super) fn first_export(&self) {
+        for session in self.sessions.values() {
+            for (_, device) in session.devices.devices().filter(|(_, d)| !self.is_offered(session, d)) {
+                tracing::warn!(
+                    session = session.name,
+                    bdev = device.data.bdev,
+                    mode = mode_name(device.mode),
+                    "opened by its own name before the first export, and stays open; rnbd_force_close ends that"
+                );
+            }
+        }
+    }
+
+    /// What a session has open of exports that are not for everybody must be for `peer`, too.
+    fn judge_devices(&self, session: u32, name: &str, peer: IpAddr) -> Verdict {
+        let devices = self.sessions.get(&session).map(|s| &s.devices);
+        for (_, device) in devices.into_iter().flat_map(Session::devices) {
+            if let By::Export { device_path, allow } = &device.data.by
+                && !allowed(allow, name, peer)
+            {
+                let why = format!(
+                    "the session has '{device_path}' open, which no allow entry gives to this address"
+                );
+                return Verdict::Refused(why);
+            }
+        }
+        Verdict::Welcome
+    }
 }
 
 impl SessionEvents for Control {
     fn expects(&self, peer: IpAddr) -> bool {
-        self.exports.borrow().names(peer)
+        self.exports.borrow().expects(peer)
     }
 
     fn session_up(&mut self, _: &mut Turn<'_>, session: &Arc<rtrs_poll::Session>) {
         // A reactor may still be about to forget a device of the session that had this key before.
         self.generation = self.generation.wrapping_add(1);
         let devices = Session::starting_at(DEFAULT_MAX_DEVICES, self.generation);
-        let client = ClientSession { name: session.name().into(), devices };
+        let client = ClientSession { name: session.name().into(), devices, rtrs: session.clone() };
         self.sessions.insert(session.key, client);
     }
 
     fn session_down(&mut self, _: &mut Turn<'_>, session: &Arc<rtrs_poll::Session>) {
+        if let Some(early) = &mut self.early {
+            early.retain(|admin| !Arc::ptr_eq(&admin.session, session));
+        }
         let Some(mut client) = self.sessions.remove(&session.key) else { return };
         let ids: Vec<DeviceId> = client.devices.devices().map(|(id, _)| id).collect();
         tracing::info!(session = session.name(), devices = ids.len(), "session ended");
@@ -429,6 +514,23 @@ impl SessionEvents for Control {
             self.access.release(&device.data.bdev, device.mode);
             self.let_go(session.key, id, move |control| control.drop_device(device));
         }
+    }
+
+    fn judge_join(
+        &self,
+        session: &rtrs_poll::Session,
+        name: &str,
+        peer: IpAddr,
+        present: &[IpAddr],
+    ) -> Verdict {
+        match self.exports.borrow().may_join(name, peer, present) {
+            Verdict::Welcome => self.judge_devices(session.key, name, peer),
+            other => other,
+        }
+    }
+
+    fn judge_name(&self, name: &str, peer: IpAddr, holders: &[IpAddr]) -> Verdict {
+        self.exports.borrow().may_take_name(name, peer, holders)
     }
 }
 

@@ -17,6 +17,8 @@ use serde_json::{Value, json};
 
 use super::control::SessionDevices;
 use super::export::{Allow, Export, ExportError};
+use super::files;
+use super::strangers;
 use super::subsystem::{RnbdState, Server, control, exports, server, state};
 
 /// RTRS_PORT.
@@ -25,7 +27,10 @@ const DEFAULT_PORT: u16 = 1234;
 pub(super) fn register(t: &mut MethodTable<App>) {
     t.method_sync::<SetOptions, _>("rnbd_set_options", States::STARTUP, |app, p| set_options(app, &p));
     t.method::<Listen>("rnbd_create_listener", States::RUNTIME, |app, p, r| {
-        app.later(move |app, cx| r.reply(create_listener(app, cx, &p)));
+        app.later(move |app, cx| {
+            r.reply(create_listener(app, cx, &p));
+            strangers::tell(app);
+        });
     });
     t.method_sync::<Unlisten, _>("rnbd_delete_listener", States::RUNTIME, |app, p| {
         let addr = socket_addr("rnbd_delete_listener", None, &p.traddr, p.trsvcid.as_deref())?;
@@ -39,6 +44,9 @@ pub(super) fn register(t: &mut MethodTable<App>) {
     t.method_sync::<DevicePath, _>("rnbd_delete_export", States::RUNTIME, |app, p| {
         let removed = exports(app)?.borrow_mut().remove(&p.device_path);
         removed.map(|_| true).map_err(|e| export_error("rnbd_delete_export", &e))
+    });
+    t.method_without_params("rnbd_get_name_space", States::RUNTIME, |app, r| {
+        r.reply(exports(app).map(|exports| strangers::name_space(app, &exports.borrow())));
     });
     t.method_sync::<GetExports, _>("rnbd_get_exports", States::RUNTIME, |app, p| {
         list_exports(app, p.device_path.as_deref())
@@ -74,6 +82,9 @@ struct SetOptions {
     rotate_rkeys: Option<bool>,
     dev_search_path: Option<String>,
     open_files: Option<bool>,
+    open_files_read_only: Option<bool>,
+    offer_bdevs: Option<bool>,
+    bind_sessions: Option<bool>,
     /// Only if every client runs Linux 6.12 or later, see [`rtrs_poll::Options::reads`].
     one_message_reads: Option<bool>,
     heartbeat_interval_ms: Option<u32>,
@@ -124,13 +135,19 @@ fn set_options(app: &mut App, p: &SetOptions) -> Result<bool, RpcError> {
     if p.max_share_percent.is_some_and(|percent| !(1..=100).contains(&percent)) {
         return Err(invalid(METHOD, "max_share_percent", "max_share_percent must be 1 to 100"));
     }
-    apply_options(&mut state(app)?.borrow_mut().options, p, geometry);
     let exports = exports(app)?;
     let mut exports = exports.borrow_mut();
-    if let Some(path) = search_path {
-        exports.search_path = path;
+    let search_path = search_path.unwrap_or_else(|| exports.search_path.clone());
+    let open_files = p.open_files.unwrap_or(exports.open_files);
+    if open_files && let Some(problem) = files::problem(&search_path) {
+        return Err(invalid(METHOD, "open_files", problem));
     }
-    exports.open_files = p.open_files.unwrap_or(exports.open_files);
+    apply_options(&mut state(app)?.borrow_mut().options, p, geometry);
+    exports.search_path = search_path;
+    exports.open_files = open_files;
+    exports.open_files_read_only = p.open_files_read_only.unwrap_or(exports.open_files_read_only);
+    exports.offer_bdevs = p.offer_bdevs.or(exports.offer_bdevs);
+    exports.bind_sessions = p.bind_sessions.unwrap_or(exports.bind_sessions);
     Ok(true)
 }
 
@@ -154,8 +171,8 @@ fn apply_options(o: &mut rtrs_poll::Options, p: &SetOptions, geometry: Geometry)
     o.share_percent = p.max_share_percent.unwrap_or(o.share_percent);
 }
 
-/// The options in force, as `rnbd_set_options` takes them.
-fn options_config(state: &RnbdState) -> Value {
+/// The options in force, as `rnbd_set_options` takes them. `exported`: anything has been exported in this run.
+fn options_config(state: &RnbdState, exported: bool) -> Value {
     let o = &state.options;
     let exports = state.exports.borrow();
     let mut call = json!({"method": "rnbd_set_options", "params": {
@@ -165,6 +182,8 @@ fn options_config(state: &RnbdState) -> Value {
         "rotate_rkeys": o.rotate_rkeys,
         "dev_search_path": exports.search_path.as_str(),
         "open_files": exports.open_files,
+        "open_files_read_only": exports.open_files_read_only,
+        "bind_sessions": exports.bind_sessions,
         "one_message_reads": o.reads == ReadStyle::OneMessage,
         "heartbeat_interval_ms": o.heartbeat.interval_ns / 1_000_000,
         "heartbeat_missed_max": o.heartbeat.missed_max,
@@ -178,6 +197,10 @@ fn options_config(state: &RnbdState) -> Value {
     if let Some(most) = o.max_memory {
         call["params"]["max_memory"] = most.into();
     }
+    // What this run withholds the next one must not offer, also when the last export has been deleted.
+    if let Some(offer) = exports.offer_bdevs.or(exported.then_some(false)) {
+        call["params"]["offer_bdevs"] = offer.into();
+    }
     call
 }
 
@@ -185,7 +208,7 @@ fn options_config(state: &RnbdState) -> Value {
 pub(super) fn config(app: &App) -> Vec<Value> {
     let Ok(state) = state(app) else { return Vec::new() };
     let state = state.borrow();
-    let mut calls = vec![options_config(&state)];
+    let mut calls = vec![options_config(&state, app.manager.was_exported())];
     // An export stays when its bdev has gone, which may come back; the next start would refuse it.
     let exports = state.exports.borrow();
     for e in exports.list().iter().filter(|e| app.manager.get(&e.bdev_name).is_ok()) {
@@ -350,7 +373,10 @@ fn create_export(app: &mut App, p: CreateExport) -> Result<bool, RpcError> {
     })?;
     let export =
         Export { device_path: p.device_path, bdev_name: p.bdev_name, read_only: p.read_only, allow: p.allow };
-    exports(app)?.borrow_mut().add(export).map(|()| true).map_err(|e| export_error(METHOD, &e))
+    exports(app)?.borrow_mut().add(export).map_err(|e| export_error(METHOD, &e))?;
+    app.manager.note_export();
+    strangers::tell(app);
+    Ok(true)
 }
 
 #[derive(Deserialize)]
@@ -371,6 +397,7 @@ struct ExportRow {
     bdev_name: String,
     read_only: bool,
     allow: Vec<Allow>,
+    open_to: &'static str,
     opens: Vec<Value>,
 }
 
@@ -382,7 +409,8 @@ fn list_exports(app: &App, wanted: Option<&str>) -> Result<Vec<ExportRow>, RpcEr
             rows.map(|d| {
                 json!({
                     "session": s.session, "device_id": d.device_id, "mapping_path": d.device_path,
-                    "access_mode": d.access_mode, "read_only": d.read_only,
+                    "access_mode": d.access_mode, "read_only": d.read_only, "opened_by": d.by.word(),
+                    "offered": d.offered,
                 })
             })
             .collect::<Vec<_>>()
@@ -402,6 +430,7 @@ fn list_exports(app: &App, wanted: Option<&str>) -> Result<Vec<ExportRow>, RpcEr
             bdev_name: e.bdev_name.clone(),
             read_only: e.read_only,
             allow: e.allow.clone(),
+            open_to: strangers::open_to(e),
             opens: opens(&own(&e.bdev_name)),
         })
         .collect();
@@ -451,17 +480,21 @@ fn sessions(app: &App, wanted: Option<&str>) -> Result<Vec<Value>, RpcError> {
         of.map(|d| {
             json!({
                 "device_id": d.device_id, "device_path": d.device_path, "bdev_name": d.bdev_name,
-                "access_mode": d.access_mode, "read_only": d.read_only,
+                "access_mode": d.access_mode, "read_only": d.read_only, "opened_by": d.by.word(),
+                "offered": d.offered,
             })
         })
         .collect()
     };
+    let exports = exports(app)?;
+    let exports = exports.borrow();
     let server = server(app)?;
     let all = server.borrow().sessions(Instant::now());
     let rows = all.iter().filter(|s| wanted.is_none_or(|w| w == s.name)).map(|s| {
         json!({
             "session": s.name, "uuid": s.uuid, "inflight": s.inflight, "queue_depth": s.queue_depth,
             "chunk_size": s.chunk_size, "devices": devices(&s.name),
+            "allowed_by": exports.best_standing(&s.name, &s.peers).word(),
             "paths": s.paths.iter().map(path_row).collect::<Vec<_>>(),
         })
     });

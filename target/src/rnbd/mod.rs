@@ -9,17 +9,24 @@
 //!     when its I/O is done   ── message ──────▶ release access, drop the descriptor, answer CLOSE
 //! ```
 
+mod bdevs;
 mod control;
 mod export;
+mod files;
 mod geometry;
+mod identity;
 mod lane;
 mod methods;
+mod names;
 mod shared;
+mod strangers;
 mod subsystem;
 mod texts;
 
 pub use control::{Control, OpenInfo, SessionDevices};
-pub use export::{Allow, Export, ExportError, Exports, Found};
+pub use export::{Allow, Export, ExportError, Exports};
+pub use identity::Standing;
 pub use lane::RnbdLane;
+pub use names::{Asking, Bdevs, By, File, Found, Refused};
 pub use shared::Shared;
 pub use subsystem::{Rnbd, RnbdState, Server};

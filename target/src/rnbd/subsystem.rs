@@ -1,7 +1,7 @@
 //! How the RNBD front end joins the engine.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use super::control::Control;
 use super::export::Exports;
 use super::lane::RnbdLane;
 use super::shared::Shared;
-use super::{methods, texts};
+use super::{methods, strangers, texts};
 
 /// The RTRS server under the front end.
 pub type Server = rtrs_poll::Server<RnbdLane>;
@@ -36,6 +36,8 @@ pub struct RnbdState {
     pub options: rtrs_poll::Options,
     /// Providers of listeners as they were asked for, by the listeners' addresses.
     pub asked: BTreeMap<SocketAddr, String>,
+    /// What the log has said that strangers can open; `None` before the configuration has been carried out.
+    pub(super) told: Option<BTreeSet<String>>,
     /// Sessions and their devices; from initialisation on.
     pub control: Option<Rc<RefCell<Control>>>,
     /// RTRS server; from initialisation on.
@@ -97,6 +99,10 @@ impl Subsystem for Rnbd {
         &[("rnbd", "rnbd_target"), ("rtrs", "rtrs_poll"), ("verbs", "verbs")]
     }
 
+    fn exporting(&self) -> &'static [&'static str] {
+        &["rnbd_create_export"]
+    }
+
     fn prepare(&self, app: &mut App) {
         app.set_state(Rc::new(RefCell::new(RnbdState::default())));
     }
@@ -114,6 +120,8 @@ impl Subsystem for Rnbd {
             app.reactors.clone(),
         );
         let control = app.control.clone();
+        app.manager.on_first_export(move || Control::send(&control, |control, _| control.first_export()));
+        let control = app.control.clone();
         let server = Server::install(
             cx,
             state.options.clone(),
@@ -129,6 +137,17 @@ impl Subsystem for Rnbd {
         state.control = Some(rnbd);
         state.server = Some(server);
         Ok(())
+    }
+
+    fn ready(&self, app: &mut App, _: &mut Turn<'_>) {
+        if let Ok(control) = control(app) {
+            control.borrow_mut().ready();
+        }
+        strangers::begin(app);
+    }
+
+    fn bdev_registered(&self, app: &mut App) {
+        strangers::tell(app);
     }
 
     fn config(&self, app: &App) -> Vec<Value> {
