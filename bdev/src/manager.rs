@@ -6,7 +6,7 @@
 //! A layer unregisters itself when its base is removed, so removal cascades upwards.
 
 use std::any::Any;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 
@@ -151,6 +151,8 @@ pub struct Manager {
     /// See [`Manager::note_export`].
     pub(crate) exported: AtomicBool,
     pub(crate) on_first_export: Mutex<Option<FirstExport>>,
+    /// See [`Manager::reserve`].
+    pub(crate) reserved: Mutex<HashSet<String>>,
 }
 
 #[derive(Default)]
@@ -222,6 +224,7 @@ impl Manager {
             notify: Mutex::new(None),
             exported: AtomicBool::new(false),
             on_first_export: Mutex::new(None),
+            reserved: Mutex::default(),
         })
     }
 
@@ -498,7 +501,7 @@ impl Manager {
 }
 
 /// Name and aliases.
-fn names_of(info: &Info) -> impl Iterator<Item = String> {
+pub(crate) fn names_of(info: &Info) -> impl Iterator<Item = String> {
     std::iter::once(info.name.clone()).chain(info.all_aliases())
 }
 

@@ -4,15 +4,32 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::descriptor::User;
-use crate::manager::{Error, Manager};
+use crate::manager::{Error, Manager, names_of};
 
 impl Manager {
-    /// Who has the bdev of this name or alias open.
+    /// Who has the bdev of this name or alias open, and for whom it is reserved.
     ///
     /// # Errors
     /// `NotFound`.
     pub fn users(&self, name: &str) -> Result<Vec<User>, Error> {
-        Ok(self.entry(name)?.users())
+        let entry = self.entry(name)?;
+        let mut users = entry.users();
+        let reserved = self.reserved.lock().unwrap_or_else(|e| e.into_inner());
+        if names_of(entry.info()).any(|name| reserved.contains(&name)) {
+            users.push(User::Part);
+        }
+        Ok(users)
+    }
+
+    /// Keeps the bdev of this name or alias, which may come later, for a part of the program: [`User::Part`] is one of its
+    /// users until `wanted` is false.
+    pub fn reserve(&self, name: &str, wanted: bool) {
+        let mut reserved = self.reserved.lock().unwrap_or_else(|e| e.into_inner());
+        if wanted {
+            reserved.insert(name.to_owned());
+        } else {
+            reserved.remove(name);
+        }
     }
 
     /// Names of the bdevs that `name` is built on, in all layers below it; of those that SPDK builds, nothing is known here.
@@ -112,6 +129,10 @@ mod tests {
         assert_eq!(manager.users("M0").unwrap(), both[1..]);
         drop(export);
         assert!(manager.users("M0").unwrap().is_empty() && manager.was_exported());
+        manager.reserve(&uuid, true);
+        assert_eq!(manager.users("M0").unwrap(), [User::Part]);
+        manager.reserve(&uuid, false);
+        assert!(manager.users("M0").unwrap().is_empty());
     }
 
     #[test]

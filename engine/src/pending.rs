@@ -60,6 +60,8 @@ impl App {
         match self.awaited(&call).filter(|_| !startup) {
             None => Some(call),
             Some(bdev) => {
+                // Nobody else gets it in the moment between its arrival and the call.
+                self.manager.reserve(&bdev, true);
                 self.pending.put_off(bdev, call);
                 None
             }
@@ -78,7 +80,9 @@ impl App {
 
     /// A bdev was registered: makes the calls that wait for it, each when the one before has been answered.
     pub(crate) fn bdev_arrived(&mut self, bdev: String) {
-        let Some(Call { method, params, .. }) = self.pending.take(&bdev) else { return };
+        let Some(Call { method, params, .. }) = self.pending.take(&bdev) else {
+            return self.manager.reserve(&bdev, false);
+        };
         let name = method.clone();
         self.call(&name, &params.unwrap_or_default(), move |app, _, answer| {
             if let Err(error) = answer {

@@ -128,15 +128,17 @@ pub fn create(manager: &Arc<Manager>, params: Params) -> Result<String, Error> {
     Ok(name)
 }
 
+/// The file or device that a bdev of this kind is on.
+pub fn file_of(bdev: Arc<dyn Bdev>) -> Option<FileId> {
+    let any: Arc<dyn std::any::Any + Send + Sync> = bdev;
+    FileId::of(&any.downcast::<Uring>().ok()?.backing.fd).ok()?
+}
+
 /// The bdevs, by their names, whose file or device this is.
 pub fn on_file(manager: &Manager, file: FileId) -> Vec<String> {
-    let uring = |bdev: Arc<dyn Bdev>| {
-        let any: Arc<dyn std::any::Any + Send + Sync> = bdev;
-        any.downcast::<Uring>().ok()
-    };
-    let all = manager.list().into_iter().filter_map(|status| uring(status.bdev));
-    let same = all.filter(|uring| FileId::of(&uring.backing.fd) == Ok(Some(file)));
-    same.map(|uring| uring.info.name.clone()).collect()
+    let all = manager.list().into_iter().map(|status| status.bdev);
+    let same = all.filter(|bdev| file_of(bdev.clone()) == Some(file));
+    same.map(|bdev| bdev.info().name.clone()).collect()
 }
 
 /// Asks the file or device for its size and tells the users of `name` if it changed (`bdev_aio_rescan`,

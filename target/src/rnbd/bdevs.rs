@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use bdev::uring::{FileId, on_file};
+use bdev::uring::{FileId, file_of, on_file};
 use bdev::{Manager, User};
 
 use super::names::Bdevs;
@@ -33,8 +33,14 @@ impl Bdevs for TableOfBdevs<'_> {
         held.then(|| "a module of SPDK".to_owned())
     }
 
+    /// Those that have the same file are no better than the bdev itself.
     fn bases(&self, own: &str) -> Vec<String> {
-        self.manager.bases(own).unwrap_or_default()
+        let mut bases = self.manager.bases(own).unwrap_or_default();
+        let all: Vec<String> = bases.iter().cloned().chain([own.to_owned()]).collect();
+        let files = all.iter().filter_map(|name| file_of(self.manager.get(name).ok()?));
+        let same = files.flat_map(|file| on_file(self.manager, file));
+        bases.extend(same.filter(|name| !all.contains(name)).collect::<Vec<_>>());
+        bases
     }
 
     fn was_exported(&self) -> bool {

@@ -13,7 +13,7 @@ use reactor::{Handle, Turn};
 use rnbd_proto::device::DevGeometry;
 use rnbd_proto::errno::Errno;
 use rnbd_proto::io::Data;
-use rnbd_proto::open::{AccessMode, AccessTable};
+use rnbd_proto::open::{AccessMode, AccessTable, device_name};
 use rnbd_proto::session::{DEFAULT_MAX_DEVICES, Device, DeviceId, Open, Session};
 use rnbd_proto::wire::{MsgClose, MsgOpen, MsgSessInfo, msg_type};
 use rtrs_poll::{Lane, LogLimit, SessionEvents, Verdict};
@@ -147,16 +147,24 @@ impl Control {
                 let result = self.sess_info(&admin);
                 (admin.answer)(result);
             }
-            Some(msg_type::OPEN) => match &mut self.early {
-                Some(early) => early.push(admin),
-                None => {
-                    let result = self.open(&admin);
-                    (admin.answer)(result);
-                }
-            },
+            Some(msg_type::OPEN) if self.is_too_early(&admin) => {
+                self.early.get_or_insert_default().push(admin)
+            }
+            Some(msg_type::OPEN) => {
+                let result = self.open(&admin);
+                (admin.answer)(result);
+            }
             Some(msg_type::CLOSE) => self.close(admin),
             _ => (admin.answer)(Err(Errno::EINVAL)),
         }
+    }
+
+    /// Whether an OPEN has to wait for the configuration: what it asks for is not exported, but may yet be, or may get a layer.
+    fn is_too_early(&self, admin: &Admin) -> bool {
+        let name = MsgOpen::ref_from_prefix(&admin.usr).ok().and_then(|(msg, _)| device_name(msg).ok());
+        let Some(name) = name.filter(|_| self.early.is_some()) else { return false };
+        let found = self.resolve(admin.session.name(), &[admin.peer], name);
+        !matches!(found, Ok(Found::Bdev { by: By::Export { .. }, .. }))
     }
 
     /// The configuration has been carried out: devices may be opened.

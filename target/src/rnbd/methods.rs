@@ -113,6 +113,9 @@ fn set_options(app: &mut App, p: &SetOptions) -> Result<bool, RpcError> {
     }
     let search_path = p.dev_search_path.as_deref().map(SearchPath::new).transpose();
     let search_path = search_path.map_err(|e| invalid(METHOD, "dev_search_path", e.to_string()))?;
+    if p.dev_search_path.as_ref().is_some_and(|path| path.contains('\0')) {
+        return Err(invalid(METHOD, "dev_search_path", "a path has no NUL in it"));
+    }
     for (name, value) in [
         ("heartbeat_interval_ms", p.heartbeat_interval_ms),
         ("half_open_timeout_ms", p.half_open_timeout_ms),

@@ -105,7 +105,7 @@ pub trait Bdevs {
         None
     }
 
-    /// The bdevs that it is built on.
+    /// The bdevs that it is built on, or that have the same file.
     fn bases(&self, _own: &str) -> Vec<String> {
         Vec::new()
     }
@@ -179,7 +179,7 @@ impl Exports {
         }
         // Whoever writes to a layer writes to what is below.
         bdevs.bases(own).into_iter().find(|base| self.names(base, own_name)).map(|base| {
-            format!("bdev {own} is not offered by its name: it is built on {base}, which is exported")
+            format!("bdev {own} is not offered by its name: it is the same as, or built on, {base}, which is exported")
         })
     }
 

@@ -26,9 +26,20 @@ fn what_another_front_end_exports_is_not_rnbds() {
 
 #[test]
 fn offered_bdevs_are_those_that_nobody_uses() {
-    let t = Target::start_with(|network, _| {
+    let t = Target::start_with(|network, dir| {
+        let file = |name: &str, path| {
+            call(
+                "bdev_aio_create",
+                json!({"name": name, "filename": path, "block_size": 512, "readonly": true}),
+            )
+        };
+        let image = dir.file("image", 1 << 20);
+        std::fs::hard_link(&image, dir.join("link")).unwrap();
         vec![
             call("rnbd_set_options", json!({"offer_bdevs": true})),
+            file("Image", image),
+            file("Twin", dir.join("link")),
+            export("image", "Image", json!([{"session": "alice"}])),
             malloc("Nbd"),
             malloc("Base"),
             malloc("Mine"),
@@ -45,7 +56,7 @@ fn offered_bdevs_are_those_that_nobody_uses() {
     });
     t.rpc("framework_wait_init", Value::Null);
     let uuid = |bdev: &str| t.rpc("bdev_get_bdevs", json!({"name": bdev}))[0]["aliases"][0].clone();
-    for bdev in ["Nbd", "Base", "Mine"] {
+    for bdev in ["Nbd", "Base", "Mine", "Image", "Twin"] {
         for device in [bdev, uuid(bdev).as_str().unwrap()] {
             for mode in [0, 1] {
                 assert_eq!(t.open("eve", BOB, device, mode), Err(Errno::EACCES), "{device} {mode}");
