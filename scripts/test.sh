@@ -135,6 +135,7 @@ use_programs() {
   stage ci spdk-client scripts/test-spdk-client.sh build/debug/rnbd-target
   stage ci native scripts/test-native.sh build/debug 20
   stage ci paths scripts/test-paths.sh build/debug
+  stage long wireguard scripts/test-wireguard.sh build/debug
   stage long perf scripts/test-perf.sh build/debug
   wait
 }

@@ -190,7 +190,7 @@ impl Refusal for MapError {
 fn open_hint(errno: Errno) -> Option<&'static str> {
     Some(match errno {
         Errno::ENOENT => {
-            "the server has no device of that name; it puts its dev_search_path before device_path"
+            "the server has no device of that name, or has not exported it; it puts its dev_search_path before device_path"
         }
         Errno::EPERM => {
             "another client has it open for writing; access_mode ro is always possible, migration beside one writer"
