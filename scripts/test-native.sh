@@ -22,6 +22,7 @@ cat >"$dir/target.json" <<JSON
   {"subsystem": "bdev", "config": [
     {"method": "bdev_malloc_create", "params": {"name": "Malloc0", "num_blocks": 131072, "block_size": 512}}]},
   {"subsystem": "rnbd", "config": [
+    {"method": "rnbd_create_export", "params": {"device_path": "disk0", "bdev_name": "Malloc0"}},
     {"method": "rnbd_create_listener", "params": {"traddr": "$server", "provider": "auto"}}]}]}
 JSON
 as=()
@@ -36,7 +37,7 @@ target=$!
 wait_while "$target" "ready" grep ' ready ' "$dir/target.log" || { cat "$dir/target.log"; exit 1; }
 grep 'listening for RTRS' "$dir/target.log" | grep 'provider="soft-roce"' || { cat "$dir/target.log"; exit 1; }
 echo "capabilities of the target: $(awk '/^CapEff/{print $2}' "/proc/$target/status"), user $(stat -c %U "/proc/$target")"
-"${as[@]}" "$dir/rtrs-load" "$server" Malloc0 -p soft-roce --src "$client" -m 0x2 -w verify -o 4096 -q 32 -t "$seconds" \
+"${as[@]}" "$dir/rtrs-load" "$server" disk0 -p soft-roce --src "$client" -m 0x2 -w verify -o 4096 -q 32 -t "$seconds" \
   --json "$dir/load.json"
 scripts/vm/rpc.py "$dir/rpc.sock" rnbd_get_devices
 kill -TERM "$target"

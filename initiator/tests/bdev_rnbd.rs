@@ -370,6 +370,7 @@ fn a_mapping_that_keeps_trying_waits_for_its_server() {
         initiator.device("d").last_error.is_some_and(|e| e.contains("ENOENT"))
     });
     target.call("bdev_malloc_create", json!({"name": "m", "num_blocks": 2048, "block_size": 512})).unwrap();
+    target.call("rnbd_create_export", json!({"device_path": "m", "bdev_name": "m"})).unwrap();
     initiator.wait_state("d", State::Open);
     let load = Load::start(&initiator.manager, &initiator.reactors[0], "d", 4, 16);
     load.goes_on(8);

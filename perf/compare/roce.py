@@ -29,6 +29,7 @@ class Target(Contender):
         config = {"subsystems": [
             {"subsystem": "bdev", "config": [NULL]},
             {"subsystem": "rnbd", "config": [
+                {"method": "rnbd_create_export", "params": {"device_path": "Null0", "bdev_name": "Null0"}},
                 {"method": "rnbd_create_listener", "params": {"traddr": SERVER, "provider": "soft-roce"}}]}]}
         path = self.ctx.write("target.json", config)
         self.run(self.ctx.own("rnbd-target"), "-c", path, "-m", "0x2", "-r", self.ctx.path("rpc.sock"))

@@ -39,6 +39,7 @@ class Target(Contender):
                                                 for n in range(MANY)]},
             {"subsystem": "rnbd", "config": [
                 {"method": "rnbd_set_options", "params": {"queue_depth": 32, "max_sessions": 2 * MANY, "max_paths": 2 * MANY, "max_connections": 8 * MANY}},
+                *({"method": "rnbd_create_export", "params": {"device_path": f"Null{n}", "bdev_name": f"Null{n}"}} for n in range(MANY)),
                 {"method": "rnbd_create_listener", "params": {"traddr": SERVER, "provider": "soft-roce"}}]},
             {"subsystem": "nbd_server", "config": [
                 {"method": "nbd_server_create_export", "params": {"name": "Null0", "bdev_name": "Null0"}},

@@ -331,6 +331,7 @@ fn remote_devices_are_verified() {
             {"method": "nbd_server_create_export", "params": {"name": "disk", "bdev_name": "M1"}},
             {"method": "nbd_server_add_listener", "params": {"path": nbd}}]},
         {"subsystem": "rnbd", "config": [
+            {"method": "rnbd_create_export", "params": {"device_path": "M2", "bdev_name": "M2"}},
             {"method": "rnbd_create_listener", "params": {"traddr": address, "provider": "soft-roce"}}]},
     ]});
     let target = Target::serve(Net::loopback(), &served);

@@ -104,10 +104,19 @@ impl Target {
             let traddr = net.address(true, n).to_string();
             json!({"method": "rnbd_create_listener", "params": {"traddr": traddr, "provider": net.provider()}})
         };
+        let export = |bdev: &Value| {
+            let params = &bdev["params"];
+            // That of an error bdev is made of its base's.
+            let name = params["name"].as_str().map(str::to_owned);
+            let name = name.unwrap_or_else(|| format!("EE_{}", params["base_name"].as_str().unwrap()));
+            json!({"method": "rnbd_create_export", "params": {"device_path": name, "bdev_name": name}})
+        };
+        let mut rnbd = vec![json!({"method": "rnbd_set_options", "params": options})];
+        rnbd.extend(bdevs.iter().map(export));
+        rnbd.extend([listener(0), listener(1)]);
         let config = json!({"subsystems": [
             {"subsystem": "bdev", "config": bdevs},
-            {"subsystem": "rnbd", "config":
-                [json!({"method": "rnbd_set_options", "params": options}), listener(0), listener(1)]},
+            {"subsystem": "rnbd", "config": rnbd},
         ]});
         let config = rpc::Config::parse(config.to_string().into_bytes(), "test").unwrap();
         let (tx, rx) = mpsc::channel();

@@ -36,6 +36,7 @@ pub fn over_soft_roce(kind: Kind, depth: usize) -> Round {
             vec![
                 json!({ "subsystem": "rnbd", "config": [
                     { "method": "rnbd_set_options", "params": { "queue_depth": 64 } },
+                    { "method": "rnbd_create_export", "params": { "device_path": "disk", "bdev_name": "disk" } },
                     { "method": "rnbd_create_listener", "params": { "traddr": server, "provider": "soft-roce" } },
                 ]}),
                 json!({ "subsystem": "bdev", "config": [{ "method": "bdev_rnbd_map", "params": map }] }),

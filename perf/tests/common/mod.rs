@@ -68,6 +68,8 @@ impl Target {
             ]},
             {"subsystem": "rnbd", "config": [
                 {"method": "rnbd_set_options", "params": options},
+                {"method": "rnbd_create_export", "params": {"device_path": "m512", "bdev_name": "m512"}},
+                {"method": "rnbd_create_export", "params": {"device_path": "m4k", "bdev_name": "m4k"}},
                 {"method": "rnbd_create_listener",
                  "params": {"traddr": net.server_ip.to_string(), "trsvcid": "1234", "provider": net.provider}},
             ]},

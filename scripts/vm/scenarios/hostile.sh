@@ -43,6 +43,10 @@ config() {
   {"subsystem": "rnbd", "config": [
     {"method": "rnbd_set_options", "params": {"queue_depth": 24, "max_io_size": 61440, "max_hdr_size": 4096,
       "half_open_timeout_ms": $HALF_OPEN_MS, "max_sessions": $SESSIONS, "max_connections": $CONNECTIONS, "max_share_percent": 100, $1}},
+    {"method": "rnbd_create_export", "params": {"device_path": "m512", "bdev_name": "m512"}},
+    {"method": "rnbd_create_export", "params": {"device_path": "m4k", "bdev_name": "m4k"}},
+    {"method": "rnbd_create_export", "params": {"device_path": "witness", "bdev_name": "witness"}},
+    {"method": "rnbd_create_export", "params": {"device_path": "slow", "bdev_name": "slow"}},
     {"method": "rnbd_create_listener", "params": {"adrfam": "ipv4", "traddr": "$(server_addr 1)", "trsvcid": "1234"}}]}
 ]}
 CONFIG

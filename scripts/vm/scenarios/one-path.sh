@@ -15,7 +15,9 @@ else
 {"subsystems": [
   {"subsystem": "bdev", "config": [
     {"method": "bdev_malloc_create", "params": {"name": "Malloc0", "num_blocks": 131072, "block_size": 512}}]},
-  {"subsystem": "rnbd", "config": [{"method": "rnbd_create_listener", "params": {"traddr": "10.9.1.1"}}]}]}
+  {"subsystem": "rnbd", "config": [
+    {"method": "rnbd_create_export", "params": {"device_path": "Malloc0", "bdev_name": "Malloc0"}},
+    {"method": "rnbd_create_listener", "params": {"traddr": "10.9.1.1"}}]}]}
 JSON
   start_target /run/target.json
   disk=Malloc0

@@ -25,6 +25,7 @@ cat >/run/target.json <<'JSON'
   {"subsystem": "spdk", "config": [
     {"method": "spdk_set_options", "params": {"no_pci": true, "config_file": "/run/spdk_tgt.json"}}]},
   {"subsystem": "rnbd", "config": [
+    {"method": "rnbd_set_options", "params": {"offer_bdevs": true}},
     {"method": "rnbd_create_export", "params": {"device_path": "disk0", "bdev_name": "Malloc0"}},
     {"method": "rnbd_create_listener", "params": {"traddr": "10.9.1.1"}}]}]}
 JSON
@@ -37,6 +38,7 @@ check "a store" rpc bdev_lvol_create_lvstore '{"bdev_name": "Base", "lvs_name": 
 check "a thin volume" rpc bdev_lvol_create '{"lvs_name": "store", "lvol_name": "v", "size_in_mib": 64, "thin_provision": true}'
 check_fails "a name of SPDK's is taken" rpc bdev_malloc_create '{"name": "Malloc0", "num_blocks": 100, "block_size": 512}'
 check_fails "what a store has claimed is not written" map_device s1 "$paths" Base rw
+check_fails "nor read" map_device s1 "$paths" Base ro
 
 say "verified load"
 disk=$(map_device s2 "$paths" disk0) || die "map disk0"

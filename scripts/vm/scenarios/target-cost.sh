@@ -10,9 +10,13 @@ cat >/run/target.json <<'JSON'
 {"subsystems": [
   {"subsystem": "bdev", "config": [
     {"method": "bdev_malloc_create", "params": {"name": "Malloc0", "num_blocks": 131072, "block_size": 512}},
-    {"method": "bdev_null_create", "params": {"name": "Null0", "num_blocks": 131072, "block_size": 512}}]},
+    {"method": "bdev_null_create", "params": {"name": "Null0", "num_blocks": 131072, "block_size": 512}},
+    {"method": "bdev_uring_create", "params": {"name": "Ram0", "filename": "/dev/ram0"}}]},
   {"subsystem": "rnbd", "config": [
-    {"method": "rnbd_set_options", "params": {"open_files": true, "one_message_reads": true}},
+    {"method": "rnbd_set_options", "params": {"one_message_reads": true}},
+    {"method": "rnbd_create_export", "params": {"device_path": "Malloc0", "bdev_name": "Malloc0"}},
+    {"method": "rnbd_create_export", "params": {"device_path": "Null0", "bdev_name": "Null0"}},
+    {"method": "rnbd_create_export", "params": {"device_path": "Ram0", "bdev_name": "Ram0"}},
     {"method": "rnbd_create_listener", "params": {"traddr": "10.9.1.1"}}]}]}
 JSON
 start_target /run/target.json -m 0x2
@@ -31,7 +35,7 @@ print(f"{sys.argv[2]:30} {r['iops']:8.0f} IOPS  {r['clat_ns']['mean'] / 1e3:8.0f
       f"{int(sys.argv[3]) / r['total_ios'] / 1e3:7.1f} us of the reactor per I/O")
 PY
 }
-for name in /dev/ram0 Malloc0 Null0; do
+for name in Ram0 Malloc0 Null0; do
   dev=$(map_device cost "$(path_spec 1)" "$name" ro) || die "map $name"
   cost "$name" "$dev" randread 4k 1
   cost "$name" "$dev" randread 4k 32

@@ -21,6 +21,7 @@ cat >/run/target.json <<'JSON'
     {"method": "rnbd_create_export", "params": {"device_path": "disk0", "bdev_name": "Malloc0"}},
     {"method": "rnbd_create_export", "params": {"device_path": "file0", "bdev_name": "File0"}},
     {"method": "rnbd_create_export", "params": {"device_path": "mine", "bdev_name": "Malloc4k", "allow": [{"session": "somebody-else"}]}},
+    {"method": "rnbd_create_export", "params": {"device_path": "Null0", "bdev_name": "Null0"}},
     {"method": "rnbd_create_listener", "params": {"traddr": "10.9.1.1"}}]}]}
 JSON
 start_target /run/target.json

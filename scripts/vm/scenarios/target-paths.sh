@@ -12,6 +12,7 @@ cat >/run/target.json <<'JSON'
       "p99_read_latency": 5000, "avg_write_latency": 2000, "p99_write_latency": 5000}}]},
   {"subsystem": "rnbd", "config": [
     {"method": "rnbd_set_options", "params": {"one_message_reads": true}},
+    {"method": "rnbd_create_export", "params": {"device_path": "Slow0", "bdev_name": "Slow0"}},
     {"method": "rnbd_create_listener", "params": {"traddr": "10.9.1.1"}},
     {"method": "rnbd_create_listener", "params": {"traddr": "10.9.2.1"}}]}]}
 JSON

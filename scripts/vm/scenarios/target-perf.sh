@@ -29,16 +29,20 @@ up_kernel-inv-N() { up_kernel N; }
 down_kernel-inv-Y() { down_kernel; }
 down_kernel-inv-N() { down_kernel; }
 
-# up_target POLICY [ONE_MESSAGE [DEVICE]]: the same RAM disk through the uring bdev.
+# up_target POLICY [ONE_MESSAGE]: the same RAM disk through the uring bdev.
 up_target() {
   cat >/run/target.json <<JSON
-{"subsystems": [{"subsystem": "rnbd", "config": [
-  {"method": "rnbd_set_options", "params": {"open_files": true, "one_message_reads": ${2:-true}}},
+{"subsystems": [
+ {"subsystem": "bdev", "config": [
+  {"method": "bdev_uring_create", "params": {"name": "Ram0", "filename": "/dev/ram0"}}]},
+ {"subsystem": "rnbd", "config": [
+  {"method": "rnbd_set_options", "params": {"one_message_reads": ${2:-true}}},
+  {"method": "rnbd_create_export", "params": {"device_path": "dev/ram0", "bdev_name": "Ram0"}},
   {"method": "rnbd_create_listener", "params": {"traddr": "10.9.1.1"}}]}]}
 JSON
   start_target /run/target.json -m "${CORES:-0x2}"
   [[ $1 == adaptive ]] || must rpc framework_set_idle_policy "{\"policy\": \"$1\"}" >/dev/null
-  PERF_DEV=$(map_device perf "$(path_spec 1)" "${3:-/dev/ram0}" ro) || die "map"
+  PERF_DEV=$(map_device perf "$(path_spec 1)" /dev/ram0 ro) || die "map"
 }
 down_target() {
   down_map

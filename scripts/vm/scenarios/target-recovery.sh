@@ -10,7 +10,9 @@ cat >/run/target.json <<'JSON'
 {"subsystems": [
   {"subsystem": "bdev", "config": [
     {"method": "bdev_uring_create", "params": {"name": "File0", "filename": "/scratch/disk.img", "block_size": 512}}]},
-  {"subsystem": "rnbd", "config": [{"method": "rnbd_create_listener", "params": {"traddr": "10.9.1.1"}}]}]}
+  {"subsystem": "rnbd", "config": [
+    {"method": "rnbd_create_export", "params": {"device_path": "File0", "bdev_name": "File0"}},
+    {"method": "rnbd_create_listener", "params": {"traddr": "10.9.1.1"}}]}]}
 JSON
 start_target /run/target.json
 load_rnbd_client

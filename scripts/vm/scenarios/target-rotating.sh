@@ -10,6 +10,7 @@ cat >/run/target.json <<'JSON'
     {"method": "bdev_malloc_create", "params": {"name": "Malloc0", "num_blocks": 131072, "block_size": 512}}]},
   {"subsystem": "rnbd", "config": [
     {"method": "rnbd_set_options", "params": {"rotate_rkeys": true, "queue_depth": 128}},
+    {"method": "rnbd_create_export", "params": {"device_path": "Malloc0", "bdev_name": "Malloc0"}},
     {"method": "rnbd_create_listener", "params": {"traddr": "10.9.1.1"}}]}]}
 JSON
 start_target /run/target.json -m '[0-1]'

@@ -9,7 +9,9 @@ cat >/run/target.json <<JSON
 {"subsystems": [
   {"subsystem": "bdev", "config": [
     {"method": "bdev_malloc_create", "params": {"name": "Malloc0", "num_blocks": 131072, "block_size": 512}}]},
-  {"subsystem": "rnbd", "config": [{"method": "rnbd_create_listener",
+  {"subsystem": "rnbd", "config": [
+    {"method": "rnbd_create_export", "params": {"device_path": "Malloc0", "bdev_name": "Malloc0"}},
+    {"method": "rnbd_create_listener",
     "params": {"traddr": "10.9.1.1", "provider": "soft-roce"${ACK_DELAY:+, \"ack_delay\": $ACK_DELAY}}}]}]}
 JSON
 start_target /run/target.json
