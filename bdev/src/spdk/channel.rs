@@ -2,8 +2,10 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
+use std::ffi::c_void;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use spdk_sys as sys;
 
@@ -20,6 +22,9 @@ const LAYERS: usize = 32;
 pub(super) const DEPTH: usize = 1024;
 /// Slots are made in pieces of this, so that they stay where they are.
 const PIECE: usize = 64;
+/// How long a channel that is dropped waits for requests that were not taken back. Users drop channels with none in flight,
+/// except at an end of the program that has waited for them in vain.
+const LAST_WAIT: Duration = Duration::from_secs(2);
 /// Bytes of bounce buffers that are kept for the next requests: DPDK clears what it gets back.
 const KEPT: usize = 16 << 20;
 
@@ -47,6 +52,8 @@ pub(super) struct Inner {
     /// SPDK had no memory for them, nor a queue to wait in.
     refused: RefCell<VecDeque<*const Slot>>,
     bounces: RefCell<Vec<Bounce>>,
+    /// Aborts that SPDK has not answered.
+    aborts: Cell<u32>,
     /// Open as long as the channel is there.
     _desc: Arc<Desc>,
 }
@@ -77,6 +84,7 @@ impl SpdkChannel {
             pieces: RefCell::default(),
             refused: RefCell::default(),
             bounces: RefCell::default(),
+            aborts: Cell::new(0),
             _desc: desc,
         });
         inner.grow();
@@ -137,10 +145,15 @@ impl Inner {
     /// Hands a slot's request to SPDK, now or when it has memory.
     #[inline]
     pub(super) fn send(&self, slot: &Slot) {
+        // Before: it may complete before the call returns.
+        slot.sent.set(true);
         // SAFETY: descriptor and channel stay until the last request has completed (`drop` waits), on this thread.
         let rc = unsafe { slot.send(self.raw_desc, self.channel) };
+        if rc == 0 {
+            return;
+        }
+        slot.sent.set(false);
         match rc {
-            0 => {}
             // SAFETY: as above.
             -12 if unsafe { slot.wait(self.raw_desc, self.channel) } => {}
             -12 => self.refused.borrow_mut().push_back(slot),
@@ -152,6 +165,7 @@ impl Inner {
     #[inline]
     pub(super) fn completed(&self, slot: &Slot, status: Status) {
         debug_assert!(std::ptr::eq(slot.owner(), self));
+        slot.sent.set(false);
         if let Some(bounce) = slot.empty(status) {
             self.keep(bounce);
         }
@@ -169,6 +183,47 @@ impl Inner {
         let mut kept = self.bounces.borrow_mut();
         if kept.iter().map(Bounce::len).sum::<usize>() + bounce.len() <= KEPT {
             kept.push(bounce);
+        }
+    }
+
+    /// Waits until nothing is in flight, for a limited time. False: SPDK holds on to something.
+    #[cold]
+    fn settle(&self) -> bool {
+        if self.local.has_given_up() {
+            return false;
+        }
+        self.abort_all();
+        let until = Instant::now() + LAST_WAIT;
+        while self.inflight.get() > 0 || self.aborts.get() > 0 {
+            if Instant::now() >= until {
+                return false;
+            }
+            self.poll();
+        }
+        true
+    }
+
+    /// Asks SPDK to take every request back, where the bdev can do that: those that wait for a lost controller end so.
+    fn abort_all(&self) {
+        // SAFETY: descriptor and channel stay until the last abort has been answered (`settle`), or for ever.
+        let abort = |slot: &Slot| unsafe {
+            let slot = std::ptr::from_ref(slot).cast_mut().cast();
+            sys::spdk_bdev_abort(
+                self.raw_desc,
+                self.channel,
+                slot,
+                Some(aborted),
+                std::ptr::from_ref(self).cast_mut().cast(),
+            )
+        };
+        // Slots are not added meanwhile; completions, which come out of some aborts at once, only give them back.
+        let pieces = self.pieces.borrow();
+        for slot in pieces.iter().flat_map(|piece| piece.iter()).filter(|s| s.sent.get()) {
+            // Counted first: the answer may come before the call returns.
+            self.aborts.set(self.aborts.get() + 1);
+            if abort(slot) != 0 {
+                self.aborts.set(self.aborts.get() - 1);
+            }
         }
     }
 
@@ -237,10 +292,28 @@ impl Channel for SpdkChannel {
     }
 }
 
+/// SPDK's `spdk_bdev_io_completion_cb`: an abort is over. Whether it found its request shows by the request.
+unsafe extern "C" fn aborted(io: *mut sys::spdk_bdev_io, _: bool, channel: *mut c_void) {
+    // SAFETY: the channel that waits for this (`settle`), or lives for ever; the request of SPDK is freed once, here.
+    unsafe {
+        sys::spdk_bdev_free_io(io);
+        let aborts = &(*channel.cast::<Inner>()).aborts;
+        aborts.set(aborts.get() - 1);
+    }
+}
+
 impl Drop for SpdkChannel {
     fn drop(&mut self) {
-        while self.inner.inflight.get() > 0 {
-            self.inner.poll();
+        if self.inner.inflight.get() > 0 && !self.inner.settle() {
+            tracing::error!(
+                requests = self.inner.inflight.get(),
+                "SPDK neither ends nor gives back requests in flight: they are given up, and SPDK is not used by this thread \
+                 any more"
+            );
+            self.inner.local.give_up();
+            // SPDK has the addresses of slots, descriptor and channel.
+            std::mem::forget(self.inner.clone());
+            return;
         }
         // SAFETY: the channel of this thread, put once; nothing is in flight on it.
         unsafe { sys::spdk_put_io_channel(self.inner.channel) };

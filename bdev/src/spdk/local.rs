@@ -83,6 +83,8 @@ pub(super) struct Local {
     foreign: RefCell<Vec<Foreign>>,
     /// Polled since `poll_idle` last asked.
     polled: Cell<bool>,
+    /// A channel was given up with requests in flight, so nothing of SPDK may run here any more ([`Local::give_up`]).
+    given_up: Cell<bool>,
     /// The app thread, which its `Runtime` ends.
     app: bool,
 }
@@ -91,6 +93,11 @@ impl Local {
     /// The calling thread's; made if there is none.
     pub(super) fn current() -> Result<Rc<Self>, String> {
         if let Some(local) = LOCAL.with_borrow(|l| l.clone()) {
+            if local.given_up.get() {
+                return Err(
+                    "SPDK holds a request of this thread that it does not end; the program is ending".into(),
+                );
+            }
             return Ok(local);
         }
         let name = std::thread::current().name().unwrap_or("rnbd").to_owned();
@@ -119,8 +126,14 @@ impl Local {
             thread
         };
         LIVE.fetch_add(1, Ordering::AcqRel);
-        let (working, foreign, polled) = (Cell::new(0), RefCell::default(), Cell::new(false));
-        Ok(Rc::new(Self { thread, working, foreign, polled, app }))
+        Ok(Rc::new(Self {
+            thread,
+            working: Cell::new(0),
+            foreign: RefCell::default(),
+            polled: Cell::new(false),
+            given_up: Cell::new(false),
+            app,
+        }))
     }
 
     pub(super) fn thread(&self) -> *mut sys::spdk_thread {
@@ -131,7 +144,7 @@ impl Local {
     pub(super) fn poll(&self) -> bool {
         self.polled.set(true);
         // SAFETY: this thread's own `spdk_thread`, alive until drop; only here is it polled.
-        let busy = unsafe { sys::spdk_thread_poll(self.thread, 0, 0) } > 0;
+        let busy = !self.given_up.get() && unsafe { sys::spdk_thread_poll(self.thread, 0, 0) } > 0;
         if self.foreign.borrow().is_empty() {
             return busy;
         }
@@ -140,6 +153,18 @@ impl Local {
         foreign.retain(Foreign::poll);
         self.foreign.borrow_mut().extend(foreign);
         busy
+    }
+
+    /// Never polls this thread's `spdk_thread` again: the memory of requests that SPDK holds on it may go from now on, and
+    /// SPDK touches it nowhere else. (Devices do; so memory that they can reach is kept, see `memory`.) For an end of the
+    /// program that a lost device must not hold up.
+    pub(super) fn give_up(&self) {
+        self.given_up.set(true);
+        super::memory::keep_all();
+    }
+
+    pub(super) fn has_given_up(&self) -> bool {
+        self.given_up.get()
     }
 
     pub(super) fn adopt(&self, thread: Foreign) {
@@ -214,7 +239,7 @@ pub fn poll_idle() -> bool {
             local.poll();
             local.polled.set(false);
         }
-        local.working.get() > 0
+        local.working.get() > 0 && !local.given_up.get()
     })
 }
 

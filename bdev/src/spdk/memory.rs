@@ -17,6 +17,9 @@ static DEVICES: AtomicBool = AtomicBool::new(false);
 /// Regions that came from SPDK and live.
 static LENT: AtomicUsize = AtomicUsize::new(0);
 
+/// A request was given up whose end SPDK never told: a device may still write to its memory.
+static KEEP: AtomicBool = AtomicBool::new(false);
+
 /// `SPDK_VTOPHYS_ERROR`, a macro that bindgen cannot read.
 const VTOPHYS_ERROR: u64 = u64::MAX;
 
@@ -35,6 +38,11 @@ pub(super) fn dma() -> bool {
 /// Data memory of SPDK that is still in use, so that the environment must stay.
 pub(super) fn lent() -> usize {
     LENT.load(Ordering::Acquire)
+}
+
+/// From now on nothing goes back to SPDK's heap: a device may still write to what a request had that was given up.
+pub(super) fn keep_all() {
+    KEEP.store(true, Ordering::Release);
 }
 
 /// For [`iobuf::Registry::set_provider`]; `None` without hugepages, when any memory is as good.
@@ -69,6 +77,10 @@ impl Provider for Hugepages {
     }
 
     unsafe fn free(&self, base: NonNull<u8>, _len: usize) {
+        if KEEP.load(Ordering::Acquire) {
+            // Still lent: the environment stays, and the memory is nobody else's until the process ends.
+            return;
+        }
         // SAFETY: from `allocate` and given back once, by the caller's promise. The environment is there as long as
         // anything is lent.
         unsafe { sys::spdk_dma_free(base.as_ptr().cast()) };

@@ -26,6 +26,8 @@ pub(super) struct Slot {
     buffer: Cell<*mut c_void>,
     pub(super) op: Cell<Op>,
     bounced: Cell<bool>,
+    /// SPDK has the request.
+    pub(super) sent: Cell<bool>,
     rare: UnsafeCell<Rare>,
 }
 
@@ -66,6 +68,7 @@ impl Slot {
             buffer: Cell::new(std::ptr::null_mut()),
             op: Cell::new(Op::Flush),
             bounced: Cell::new(false),
+            sent: Cell::new(false),
             rare: UnsafeCell::new(rare),
         }
     }
