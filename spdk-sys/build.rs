@@ -159,14 +159,14 @@ fn bindings(include: &Path) -> Result<(), String> {
     let out = PathBuf::from(env::var("OUT_DIR").map_err(|e| e.to_string())?).join("bindings.rs");
     let functions = "spdk_(env_(opts_init|init|fini)|(z?malloc|free|realloc)|dma_z?(malloc|free)|mem_(register|unregister)\
         |vtophys|iommu_is_enabled|get_ticks|get_ticks_hz|(get|set)_thread|thread_.*|poller_.*|put_io_channel\
-        |subsystem_(init|fini|exists)|rpc_.*|bdev_.*|notify_foreach_event|log_set_(print_)?level|log_(open|close)\
+        |subsystem_(init|fini|exists)|rpc_.*|json_write_(begin|end|object_.*)|bdev_.*|notify_foreach_event|log_set_(print_)?level|log_(open|close)\
         |pci_addr_parse)|vsnprintf";
     bindgen::Builder::default()
         .header("wrapper.h")
         .clang_arg(format!("-I{}", include.display()))
         .allowlist_function(functions)
         .allowlist_var("SPDK_(RPC_(STARTUP|RUNTIME)|VERSION_.*)")
-        .allowlist_type("spdk_(env_opts|notify_event|bdev_(alias|module|claim_.*|io_status|event_type|io_type)|log_level)")
+        .allowlist_type("spdk_(env_opts|notify_event|bdev_(alias|module|claim_.*|io_status|event_type|io_type|qos_rate_limit_type)|log_level)")
         // Packed structures with aligned fields, which Rust does not have.
         .opaque_type("spdk_nvme_.*|spdk_nvmf_.*|spdk_bdev_ext_io_opts|spdk_bdev_nvme_cdw.*")
         .default_enum_style(bindgen::EnumVariation::ModuleConsts)

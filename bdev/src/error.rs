@@ -110,12 +110,17 @@ pub struct ErrorBdev {
     base: Descriptor,
 }
 
+/// The name of the error bdev on `base_name`.
+pub fn name_on(base_name: &str) -> String {
+    format!("EE_{base_name}")
+}
+
 /// Makes and registers `EE_<base_name>`; returns that name.
 ///
 /// # Errors
 /// `Exists`, `NotFound` and `Busy` for the base.
 pub fn create(manager: &Arc<Manager>, base_name: &str, uuid: Option<Uuid>) -> Result<String, Error> {
-    let name = format!("EE_{base_name}");
+    let name = name_on(base_name);
     let base = layer::open_base(manager, base_name, "error", &name)?;
     let info = layer::info(base.info(), name.clone(), "Error Injection Disk", uuid);
     let layer = ErrorBdev { info, shared: Arc::default(), base: base.clone() };

@@ -1,6 +1,6 @@
 //! A bdev of SPDK, offered to a [`Manager`].
 
-use std::ffi::c_void;
+use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::channel::SpdkChannel;
 use super::{ffi, runtime};
 use crate::descriptor::Mode;
-use crate::device::{Bdev, Channel, ChannelError, DriverValue, Info, OpSet};
+use crate::device::{Bdev, Channel, ChannelError, Info, OpSet};
 use crate::io::Op;
 use crate::manager::{Error, Manager};
 
@@ -169,6 +169,48 @@ pub(super) fn run_events() {
     }
 }
 
+/// The names of all bdevs that SPDK has now, in the order of their creation. On the app thread; elsewhere, and without SPDK,
+/// there are none.
+pub fn bdevs() -> Vec<String> {
+    let mut names = Vec::new();
+    if !runtime::is_app() {
+        return names;
+    }
+    // SAFETY: the app thread is the current one; it is the only one that adds bdevs and removes them, so that each is there
+    // until the next is asked for.
+    unsafe {
+        let mut bdev = sys::spdk_bdev_first();
+        while !bdev.is_null() {
+            names.push(ffi::text(sys::spdk_bdev_get_name(bdev)));
+            bdev = sys::spdk_bdev_next(bdev);
+        }
+    }
+    names
+}
+
+/// The name of the bdev of SPDK that has the name, the alias or the UUID `name`. On the app thread, as [`bdevs`].
+pub fn name_of(name: &str) -> Option<String> {
+    if !runtime::is_app() {
+        return None;
+    }
+    // SAFETY: as in `bdevs`; null, or a bdev whose name is copied at once.
+    unsafe {
+        let bdev = sys::spdk_bdev_get_by_name(ffi::c_string(name).as_ptr());
+        (!bdev.is_null()).then(|| ffi::text(sys::spdk_bdev_get_name(bdev)))
+    }
+}
+
+/// What SPDK tells of a bdev that this crate has no place for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Details {
+    /// The object `driver_specific` of SPDK's `bdev_get_bdevs`, as JSON.
+    pub driver_specific: String,
+    /// The claim of a module of SPDK, or of this program, in SPDK's words.
+    pub claim: Option<String>,
+    /// Limits of `bdev_set_qos_limit`, with their names.
+    pub limits: Vec<(String, u64)>,
+}
+
 /// Registers SPDK's bdev `name` with `manager`, under the name and the aliases that it has there. It leaves the manager when
 /// SPDK removes it. Returns its first name.
 ///
@@ -251,6 +293,16 @@ impl SpdkBdev {
     /// How SPDK calls it.
     pub fn spdk_name(&self) -> &str {
         &self.name
+    }
+
+    /// What else SPDK tells of it. On the app thread; elsewhere, and of a bdev that is going, nothing.
+    pub fn details(&self) -> Details {
+        let watch = lock(&self.watch);
+        match &*watch {
+            // SAFETY: of a descriptor that is open, on the app thread.
+            Some(watch) if runtime::is_app() => unsafe { details(watch.bdev()) },
+            _ => Details::default(),
+        }
     }
 
     fn open_writer(&self) -> Result<Arc<Desc>, Error> {
@@ -347,10 +399,6 @@ impl Bdev for SpdkBdev {
             .map(|c| Box::new(c) as Box<dyn Channel>)
             .map_err(refused)
     }
-
-    fn driver_specific(&self) -> Vec<(&'static str, DriverValue)> {
-        vec![("name", DriverValue::Text(self.name.clone()))]
-    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -429,6 +477,46 @@ unsafe fn info(bdev: *mut sys::spdk_bdev) -> Info {
             rotational: false,
             max_unmap_blocks: u64::MAX,
             buffer_align: 1,
+        }
+    }
+}
+
+/// See [`Details`].
+///
+/// # Safety
+/// Of a descriptor that is open, on the app thread.
+unsafe fn details(bdev: *mut sys::spdk_bdev) -> Details {
+    use sys::spdk_bdev_claim_type::SPDK_BDEV_CLAIM_NONE;
+    use sys::spdk_bdev_qos_rate_limit_type::SPDK_BDEV_QOS_NUM_RATE_LIMIT_TYPES;
+    /// SPDK's `spdk_json_write_cb`.
+    unsafe extern "C" fn collect(text: *mut c_void, data: *const c_void, size: usize) -> c_int {
+        // SAFETY: the list of the caller below; SPDK gives `size` bytes.
+        unsafe {
+            let piece = std::slice::from_raw_parts(data.cast::<u8>(), size);
+            (*text.cast::<Vec<u8>>()).extend_from_slice(piece);
+        }
+        0
+    }
+    let mut text: Vec<u8> = Vec::new();
+    let mut limits = [0u64; SPDK_BDEV_QOS_NUM_RATE_LIMIT_TYPES as usize];
+    // SAFETY: a bdev that stays (the caller's promise), a list that outlives the writer, and room for as many limits as SPDK
+    // has. The claim is read on the thread that changes it.
+    unsafe {
+        let writer = sys::spdk_json_write_begin(Some(collect), (&raw mut text).cast(), 0);
+        if !writer.is_null() {
+            sys::spdk_json_write_object_begin(writer);
+            sys::spdk_bdev_dump_info_json(bdev, writer);
+            sys::spdk_json_write_object_end(writer);
+            // Writes out what is left, and frees the writer.
+            sys::spdk_json_write_end(writer);
+        }
+        sys::spdk_bdev_get_qos_rate_limits(bdev, limits.as_mut_ptr());
+        let claim = (*bdev).internal.claim_type;
+        let named = |(i, limit): (usize, u64)| (ffi::text(sys::spdk_bdev_get_qos_rpc_type(i as _)), limit);
+        Details {
+            driver_specific: String::from_utf8_lossy(&text).into_owned(),
+            claim: (claim != SPDK_BDEV_CLAIM_NONE).then(|| ffi::text(sys::spdk_bdev_claim_get_name(claim))),
+            limits: limits.into_iter().enumerate().map(named).collect(),
         }
     }
 }

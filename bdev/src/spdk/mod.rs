@@ -25,13 +25,13 @@ mod port;
 mod runtime;
 mod slot;
 
-pub use disk::{SpdkBdev, offer};
+pub use disk::{Details, SpdkBdev, bdevs, name_of, offer};
 pub use env::{Options, StartError};
 pub use local::{Foreign, adopt, leave, next_wake, poll_idle};
 pub use log::recent_errors;
 pub use memory::provider;
-pub use port::{Port, States, states_of};
-pub use runtime::{Change, Runtime, running};
+pub use port::{MAX_REQUEST, MAX_VALUES, Port, States, states_of};
+pub use runtime::{Change, Examination, Init, Runtime, running};
 
 /// The version of SPDK that this program was built with: "v26.05".
 pub fn version() -> String {

@@ -27,6 +27,14 @@ pub fn states_of(name: &str) -> Option<States> {
     (rc == 0).then(|| States { startup: has(sys::SPDK_RPC_STARTUP), runtime: has(sys::SPDK_RPC_RUNTIME) })
 }
 
+/// Bytes of the longest request that SPDK takes: more do not fit into its buffer (`SPDK_JSONRPC_RECV_BUF_SIZE`), and it closes
+/// the connection.
+pub const MAX_REQUEST: usize = (256 << 10) - 1;
+
+/// Values of the largest request that SPDK takes: numbers, texts, names, and both ends of lists (`SPDK_JSONRPC_MAX_VALUES`).
+/// With more it closes the connection.
+pub const MAX_VALUES: usize = 8192;
+
 /// A JSON-RPC server of SPDK with one client, this program. What is called here runs on the calling thread, so all but
 /// `rpc_get_methods` and `spdk_get_version` need the thread of the [`Runtime`](super::Runtime).
 pub struct Port {
@@ -74,7 +82,8 @@ impl Port {
         Ok(Self { server, stream: stream?, unsent: Vec::new() })
     }
 
-    /// Sends a request, whole or in the next turns.
+    /// Sends a request, whole or in the next turns. One that SPDK does not take ([`MAX_REQUEST`], [`MAX_VALUES`]) costs the
+    /// connection, and with it the answers to all others.
     pub fn send(&mut self, request: &[u8]) {
         self.unsent.extend_from_slice(request);
     }
@@ -83,7 +92,8 @@ impl Port {
     /// blocks, except in methods of SPDK that do.
     ///
     /// # Errors
-    /// SPDK closed the connection, as it does for what is no JSON.
+    /// SPDK closed the connection, as it does for what is no JSON, or too much of it. Nothing more will come; requests without
+    /// an answer may have been carried out. Drop this, and open another one.
     pub fn turn(&mut self, answers: &mut Vec<u8>) -> std::io::Result<()> {
         while !self.unsent.is_empty() {
             match self.stream.write(&self.unsent) {

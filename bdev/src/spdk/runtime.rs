@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::ffi::{c_int, c_void};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
-use std::sync::{Mutex, MutexGuard, RwLock, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, mpsc};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
@@ -60,8 +60,34 @@ pub struct Runtime {
     /// Of SPDK's list of notifications: the first that was not seen.
     seen: u64,
     changes: VecDeque<Change>,
-    initialised: bool,
+    init: Init,
     finishing: bool,
+    /// `spdk_subsystem_fini` was called.
+    fini: bool,
+}
+
+/// How far the initialisation of SPDK's subsystems is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Init {
+    /// Not begun: only start-up methods can be called.
+    Not,
+    /// Under way.
+    Pending,
+    /// Over: run-time methods can be called, and no start-up methods any more.
+    Done,
+    /// Over, and SPDK is of no use.
+    Failed,
+}
+
+/// SPDK's modules look at the bdevs that there were when it began.
+#[derive(Debug)]
+pub struct Examination(Arc<AtomicBool>);
+
+impl Examination {
+    /// They have.
+    pub fn over(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
 }
 
 /// Result of `spdk_subsystem_init`; `PENDING` until it calls back.
@@ -90,29 +116,75 @@ impl Runtime {
         *write_app() = Some(App { os_thread: std::thread::current().id(), thread: app.thread() });
         tracing::info!(version = super::version(), hugepages = !options.no_huge, "SPDK started");
         let (placer, changes) = (None, VecDeque::new());
-        Ok(Self { app, placer, seen: 0, changes, initialised: false, finishing: false })
+        Ok(Self { app, placer, seen: 0, changes, init: Init::Not, finishing: false, fini: false })
     }
 
-    /// Initialises SPDK's subsystems, and waits for that: bdev modules look for their devices now. Start-up methods cannot
-    /// be called any more afterwards.
+    /// Initialises SPDK's subsystems, and waits for that, however long it takes.
+    ///
+    /// # Errors
+    /// As [`Runtime::initialised`].
+    pub fn init(&mut self) -> Result<(), StartError> {
+        self.begin_init();
+        while !self.initialised()? {
+            self.poll();
+        }
+        Ok(())
+    }
+
+    /// Begins to initialise SPDK's subsystems: bdev modules look for their devices now. Once.
+    pub fn begin_init(&mut self) {
+        debug_assert_eq!(self.init, Init::Not);
+        self.init = Init::Pending;
+        // SAFETY: the app thread is the current one; the callback lives for ever.
+        unsafe { sys::spdk_subsystem_init(Some(initialised), std::ptr::null_mut()) };
+    }
+
+    /// Whether that is done. Start-up methods cannot be called any more then.
     ///
     /// # Errors
     /// `Step`, with what SPDK said.
-    pub fn init(&mut self) -> Result<(), StartError> {
-        // SAFETY: the app thread is the current one; the callback lives for ever.
-        unsafe { sys::spdk_subsystem_init(Some(initialised), std::ptr::null_mut()) };
-        while INIT.load(Ordering::Acquire) == PENDING {
-            self.poll();
-        }
-        match INIT.load(Ordering::Acquire) {
-            0 => {
-                // SAFETY: a plain number.
-                unsafe { sys::spdk_rpc_set_state(sys::SPDK_RPC_RUNTIME) };
-                self.initialised = true;
-                Ok(())
+    pub fn initialised(&mut self) -> Result<bool, StartError> {
+        if self.init == Init::Pending {
+            match INIT.load(Ordering::Acquire) {
+                PENDING => {}
+                0 => {
+                    // SAFETY: a plain number.
+                    unsafe { sys::spdk_rpc_set_state(sys::SPDK_RPC_RUNTIME) };
+                    self.init = Init::Done;
+                }
+                rc => {
+                    self.init = Init::Failed;
+                    return Err(StartError::step("spdk_subsystem_init", rc));
+                }
             }
-            rc => Err(StartError::step("spdk_subsystem_init", rc)),
         }
+        Ok(self.init == Init::Done)
+    }
+
+    /// How far that is.
+    pub fn init_state(&self) -> Init {
+        self.init
+    }
+
+    /// Has SPDK tell when its modules have looked at all bdevs that there are now, which they may claim then. It can take as
+    /// long as a device takes to answer.
+    pub fn examination(&self) -> Examination {
+        unsafe extern "C" fn over(flag: *mut c_void) {
+            // SAFETY: the reference that was given away below, taken back once.
+            let flag = unsafe { Arc::from_raw(flag.cast_const().cast::<AtomicBool>()) };
+            flag.store(true, Ordering::Release);
+        }
+        let flag = Arc::new(AtomicBool::new(false));
+        let context = Arc::into_raw(flag.clone());
+        // SAFETY: the app thread is the current one; SPDK has the reference until it calls back.
+        let rc = unsafe { sys::spdk_bdev_wait_for_examine(Some(over), context.cast_mut().cast()) };
+        if rc != 0 {
+            // No memory. There is nothing to wait for then, and SPDK has not kept it.
+            // SAFETY: from `into_raw` above.
+            drop(unsafe { Arc::from_raw(context) });
+            flag.store(true, Ordering::Release);
+        }
+        Examination(flag)
     }
 
     /// Whether SPDK's subsystem `name` ("bdev", "nvmf", …) is linked.
@@ -138,6 +210,9 @@ impl Runtime {
         }
         disk::run_events();
         self.look();
+        if self.finishing {
+            self.go_on_finishing();
+        }
         busy
     }
 
@@ -171,15 +246,36 @@ impl Runtime {
         self.seen += count;
     }
 
-    /// Begins to finish the subsystems: every bdev of SPDK is removed. Their users must be gone, or go.
+    /// Begins to finish the subsystems: every bdev of SPDK is removed. Their users must be gone, or go. An initialisation that
+    /// is under way comes to its end before.
     pub fn begin_finish(&mut self) {
         self.finishing = true;
-        if !self.initialised {
-            FINISHED.store(true, Ordering::Release);
+        self.go_on_finishing();
+    }
+
+    fn go_on_finishing(&mut self) {
+        if self.fini || self.finished() {
             return;
         }
-        // SAFETY: the app thread is the current one; the callback lives for ever.
-        unsafe { sys::spdk_subsystem_fini(Some(finished), std::ptr::null_mut()) };
+        // A failure was told to whoever asked; it is the same here.
+        let _ = self.initialised();
+        match self.init {
+            Init::Pending => {}
+            Init::Not => FINISHED.store(true, Ordering::Release),
+            Init::Done | Init::Failed => {
+                self.fini = true;
+                // SAFETY: the app thread is the current one; the callback lives for ever.
+                unsafe { sys::spdk_subsystem_fini(Some(finished), std::ptr::null_mut()) };
+            }
+        }
+    }
+
+    /// Leaves SPDK as it is, for a process that is about to end: something there does not end. Nobody waits for the app thread
+    /// from now on.
+    pub fn abandon(self) {
+        *write_app() = None;
+        // What it waits for cannot be taken down under it.
+        std::mem::forget(self);
     }
 
     /// The subsystems are finished.
@@ -249,10 +345,7 @@ impl Drop for Runtime {
 
 impl std::fmt::Debug for Runtime {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Runtime")
-            .field("initialised", &self.initialised)
-            .field("finishing", &self.finishing)
-            .finish()
+        f.debug_struct("Runtime").field("init", &self.init).field("finishing", &self.finishing).finish()
     }
 }
 
@@ -261,11 +354,19 @@ pub fn running() -> bool {
     read_app().is_some()
 }
 
+/// The calling thread is SPDK's app thread.
+pub(super) fn is_app() -> bool {
+    read_app().is_some_and(|app| app.os_thread == std::thread::current().id())
+}
+
 /// Runs `f` if SPDK is running, and keeps it so meanwhile.
 pub(super) fn while_running<R>(f: impl FnOnce() -> R) -> Option<R> {
     let app = read_app();
     app.is_some().then(f)
 }
+
+/// How long other threads wait for the app thread: it answers in its next turn, or not at all any more.
+const APP_ANSWERS: Duration = Duration::from_secs(60);
 
 /// Runs `f` on the app thread and waits for its answer: at once if that is the calling one. `None`: SPDK is not running.
 pub(super) fn on_app<R: Send + 'static>(f: impl FnOnce() -> R + Send + 'static) -> Option<R> {
@@ -273,7 +374,7 @@ pub(super) fn on_app<R: Send + 'static>(f: impl FnOnce() -> R + Send + 'static) 
     post(move || {
         let _ = sender.send(f());
     });
-    answer.recv().ok()
+    answer.recv_timeout(APP_ANSWERS).ok()
 }
 
 /// Runs `f` on the app thread, soon: at once if that is the calling one. Without SPDK it is dropped.
