@@ -157,6 +157,22 @@ impl App {
         self.state.set(value);
     }
 
+    /// Has a subsystem carry out a call of `method` about `bdev`, or about all bdevs, if a library below it has to. Gives the
+    /// responder back if none does.
+    pub(crate) fn call_about(
+        &mut self,
+        method: &str,
+        params: &Value,
+        bdev: Option<&BdevStatus>,
+        responder: Responder,
+    ) -> Option<Responder> {
+        let mut responder = responder;
+        for subsystem in self.subsystems.clone() {
+            responder = subsystem.call_about(self, method, params.clone(), bdev, responder)?;
+        }
+        Some(responder)
+    }
+
     /// What the subsystem that made this bdev says of it.
     pub(crate) fn bdev_kind(&self, bdev: &BdevStatus) -> Option<BdevKind> {
         self.subsystems.iter().find_map(|s| s.bdev_kind(bdev))
@@ -205,9 +221,14 @@ impl Poller for SignalPoller {
 /// [`Error`], in words for the operator.
 pub fn run(options: Options, started: impl FnOnce(&Handle)) -> Result<(), Error> {
     let manager = Manager::new(Registry::new());
-    let subsystems: Vec<Rc<dyn Subsystem>> = options.subsystems.into_iter().map(Rc::from).collect();
+    let mut options = options;
+    let subsystems: Vec<Rc<dyn Subsystem>> =
+        std::mem::take(&mut options.subsystems).into_iter().map(Rc::from).collect();
     let mut control = Reactor::new("control", None, IdlePolicy::Adaptive { spin: Duration::ZERO })?;
     let table = methods::table(&subsystems);
+    if let Some(config) = &mut options.config {
+        pass_over(config, &table, &subsystems, options.ignore_init_errors);
+    }
     let table = prepare_table(table, options.rpcs_allowed.as_deref(), options.config.as_ref())?;
     let unconfigured = options.config.is_none() && !options.wait_for_rpc;
     options.config.iter().for_each(|config| mention_oddities(config, &subsystems));
@@ -282,6 +303,31 @@ const SPDK_SUBSYSTEMS: [&str; 14] = [
     "vmd",
     "interrupt",
 ];
+
+/// As SPDK, passes over the calls of SPDK's subsystems that this program has not (a configuration of `spdk_tgt` has many); and
+/// with `ignore_errors` whatever it does not know.
+fn pass_over(
+    config: &mut Config,
+    table: &MethodTable<App>,
+    subsystems: &[Rc<dyn Subsystem>],
+    ignore_errors: bool,
+) {
+    let absent = |name: &str| {
+        SPDK_SUBSYSTEMS.contains(&name) && !subsystems.iter().any(|subsystem| subsystem.name() == name)
+    };
+    let mut passed_over = Vec::new();
+    config.calls.retain(|call| {
+        let known = table.states_of(&call.method).is_some();
+        let kept = known || !(ignore_errors || absent(&call.subsystem));
+        if !kept {
+            passed_over.push(format!("{} ({})", call.method, call.subsystem));
+        }
+        kept
+    });
+    if !passed_over.is_empty() {
+        tracing::warn!("{}: passed over, not there: {}", config.path.display(), passed_over.join(", "));
+    }
+}
 
 /// Warns of what is probably a slip of the pen in a configuration, and changes nothing.
 fn mention_oddities(config: &Config, subsystems: &[Rc<dyn Subsystem>]) {

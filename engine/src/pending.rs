@@ -2,7 +2,8 @@
 //!
 //! A server may be down when this program starts. The bdevs that come from it appear later, and what the configuration
 //! makes of them (layers, exports) must not fail for that. So a run-time call with a parameter that names such a bdev
-//! is put off until the bdev is registered, and with it every later call that names something which that call makes.
+//! is put off until the bdev is registered, and with it every later call that names something which that call makes. So is a
+//! layer that stands before its base, as SPDK saves it.
 
 use std::collections::HashMap;
 
@@ -23,8 +24,8 @@ pub(crate) struct Pending {
 impl Pending {
     fn put_off(&mut self, bdev: String, call: Call) {
         tracing::warn!(bdev, method = call.method, "waits until the bdev is there");
-        if let Some(name) = call.params.as_ref().and_then(|p| p["name"].as_str()) {
-            self.made.insert(name.to_owned(), bdev.clone());
+        if let Some(name) = made_by(&call) {
+            self.made.insert(name, bdev.clone());
         }
         self.calls.push((bdev, call));
     }
@@ -53,6 +54,19 @@ impl Pending {
     }
 }
 
+fn param<'a>(call: &'a Call, key: &str) -> Option<&'a str> {
+    call.params.as_ref()?.get(key)?.as_str()
+}
+
+/// The name of what a call makes, if it makes anything.
+fn made_by(call: &Call) -> Option<String> {
+    let error_bdev = || {
+        let base = param(call, "base_name").filter(|_| call.method == "bdev_error_create")?;
+        Some(bdev::error::name_on(base))
+    };
+    param(call, "name").map(str::to_owned).or_else(error_bdev)
+}
+
 impl App {
     /// Puts `call` off if it has to wait for a bdev; gives it back if not.
     pub(crate) fn put_off(&mut self, call: Call) -> Option<Call> {
@@ -74,8 +88,17 @@ impl App {
         params.values().filter_map(Value::as_str).find_map(|name| {
             let of_another = self.pending.made.get(name).cloned();
             let expected = || self.subsystems.iter().any(|s| s.expects_bdev(self, name));
-            of_another.or_else(|| expected().then(|| name.to_owned()))
+            of_another.or_else(|| (expected() || self.comes_later(call, name)).then(|| name.to_owned()))
         })
+    }
+
+    /// A layer's base `name` is not there, and a call that comes later makes it.
+    fn comes_later(&self, call: &Call, name: &str) -> bool {
+        let is_base = ["base_bdev_name", "base_name"].iter().any(|key| param(call, key) == Some(name));
+        let makes_it =
+            |later: &Call| later.method.starts_with("bdev_") && made_by(later).as_deref() == Some(name);
+        let later = || self.startup.left().any(makes_it);
+        is_base && self.manager.get(name).is_err() && later()
     }
 
     /// A bdev was registered: makes the calls that wait for it, each when the one before has been answered.

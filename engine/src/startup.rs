@@ -10,15 +10,17 @@ use crate::app::{App, Error, OnReady};
 /// Where start-up is.
 pub(crate) struct Startup {
     config: Option<Config>,
-    on_error: OnError,
+    pub(crate) on_error: OnError,
     replay: Option<Replay>,
     /// Calls to be made at run time.
     left: VecDeque<Call>,
     wait_for_rpc: bool,
     /// Initialisation has begun.
     begun: bool,
-    /// How many subsystems are initialised.
+    /// How many subsystems are initialised, or about to be: those that have something to end.
     pub(crate) initialised: usize,
+    /// The last of them is not ready yet.
+    waiting: bool,
     /// Callers of `framework_start_init` and `framework_wait_init`.
     waiters: Vec<Responder>,
     on_ready: Option<OnReady>,
@@ -43,7 +45,7 @@ impl Startup {
             }
         };
         let replay = Some(first);
-        let (begun, initialised, waiters) = (false, 0, Vec::new());
+        let (begun, initialised, waiting, waiters) = (false, 0, false, Vec::new());
         let left = VecDeque::new();
         Ok(Self {
             config,
@@ -53,16 +55,23 @@ impl Startup {
             wait_for_rpc,
             begun,
             initialised,
+            waiting,
             waiters,
             on_ready,
             is_ready: false,
         })
     }
 
+    /// Calls that were not begun.
+    pub(crate) fn left(&self) -> impl Iterator<Item = &Call> {
+        self.left.iter()
+    }
+
     /// Makes no more calls.
     pub(crate) fn stop(&mut self) {
         self.replay = None;
         self.left.clear();
+        self.waiting = false;
     }
 }
 
@@ -89,12 +98,35 @@ impl App {
     /// Initialises the subsystems, then runs the run-time part of the configuration.
     fn initialise(&mut self, cx: &mut Turn<'_>) {
         self.startup.begun = true;
-        for subsystem in self.subsystems.clone() {
+        while let Some(subsystem) = self.subsystems.get(self.startup.initialised).cloned() {
             if let Err(e) = subsystem.initialise(self, cx) {
                 return self.fail(cx, e);
             }
             self.startup.initialised += 1;
+            self.startup.waiting = true;
+            if !self.is_initialised(cx) {
+                return;
+            }
         }
+        self.initialised(cx);
+    }
+
+    /// Whether the last subsystem that was initialised is ready for the next.
+    fn is_initialised(&mut self, cx: &mut Turn<'_>) -> bool {
+        let subsystem = self.subsystems[self.startup.initialised - 1].clone();
+        match subsystem.initialised(self) {
+            Ok(ready) => {
+                self.startup.waiting = !ready;
+                ready
+            }
+            Err(e) => {
+                self.fail(cx, e);
+                false
+            }
+        }
+    }
+
+    fn initialised(&mut self, cx: &mut Turn<'_>) {
         self.table.set_state(State::Runtime);
         self.startup.left = self.startup.config.iter().flat_map(|c| c.calls.iter().cloned()).collect();
         self.next_call(cx);
@@ -138,6 +170,12 @@ impl App {
 
     /// Goes on with the configuration; true while there is something to do.
     pub(crate) fn poll_startup(&mut self, cx: &mut Turn<'_>) -> bool {
+        if self.startup.waiting {
+            if self.is_initialised(cx) {
+                self.initialise(cx);
+            }
+            return true;
+        }
         let Some(mut replay) = self.startup.replay.take() else { return false };
         let table = self.table.clone();
         if replay.poll(&table, self) == Progress::Waiting {

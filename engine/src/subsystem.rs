@@ -2,7 +2,7 @@
 
 use bdev::BdevStatus;
 use reactor::{Handle, Turn};
-use rpc::MethodTable;
+use rpc::{MethodTable, Responder, RpcError};
 use serde_json::Value;
 
 use crate::app::{App, Error};
@@ -52,6 +52,15 @@ pub trait Subsystem {
     /// The program ends with it.
     fn initialise(&self, app: &mut App, cx: &mut Turn<'_>) -> Result<(), Error>;
 
+    /// Whether what [`initialise`](Self::initialise) began is done, where that takes longer than a call may. Asked again and
+    /// again until it is; the next subsystem follows then. An end of the program may come first.
+    ///
+    /// # Errors
+    /// The program ends with it.
+    fn initialised(&self, _app: &mut App) -> Result<bool, Error> {
+        Ok(true)
+    }
+
     /// The calls that make its present state, for `framework_get_config`.
     fn config(&self, app: &App) -> Vec<Value>;
 
@@ -67,6 +76,15 @@ pub trait Subsystem {
     /// A bdev was registered; not called before [`ready`](Self::ready).
     fn bdev_registered(&self, _app: &mut App) {}
 
+    /// As [`config`](Self::config), where somebody else has to be asked for it, who may not answer: a part of a configuration
+    /// must not be saved as the whole.
+    ///
+    /// # Errors
+    /// Why it is not known.
+    fn try_config(&self, app: &App) -> Result<Vec<Value>, RpcError> {
+        Ok(self.config(app))
+    }
+
     /// Whether a bdev of this name will come later, from a server that is not there yet: calls of the configuration
     /// that name it wait for it.
     fn expects_bdev(&self, _app: &App, _name: &str) -> bool {
@@ -76,6 +94,22 @@ pub trait Subsystem {
     /// If it made this bdev: how it is listed and made again.
     fn bdev_kind(&self, _bdev: &BdevStatus) -> Option<BdevKind> {
         None
+    }
+
+    /// Adds to the row of `bdev_get_bdevs` for a bdev that it made, or changes what it knows better.
+    fn describe_bdev(&self, _bdev: &BdevStatus, _row: &mut Value) {}
+
+    /// A call of `method` about `bdev`, or about all (`None`), which the library below it has to carry out. Gives the responder
+    /// back if that is not so.
+    fn call_about(
+        &self,
+        _app: &mut App,
+        _method: &str,
+        _params: Value,
+        _bdev: Option<&BdevStatus>,
+        responder: Responder,
+    ) -> Option<Responder> {
+        Some(responder)
     }
 
     /// Who on this host uses what an end of the program would take away. Asked before an orderly end. Reads what the kernel

@@ -1,6 +1,6 @@
 //! Subsystems join, are initialised, found by their methods, and end in order.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
@@ -19,6 +19,8 @@ struct Part {
     tell: Sender<String>,
     /// Waits to be aborted before it ends.
     stuck: bool,
+    /// How often it was asked whether it is initialised.
+    asked: Cell<u32>,
     held: RefCell<Option<ShutdownDone>>,
 }
 
@@ -57,6 +59,23 @@ impl Subsystem for Part {
         self.tell("initialise");
         if self.name == "broken" { Err(Error::Call("broken from birth".into())) } else { Ok(()) }
     }
+    fn initialised(&self, app: &mut App) -> Result<bool, Error> {
+        self.asked.set(self.asked.get() + 1);
+        match self.name {
+            "slow" if self.asked.get() < 5 => Ok(false),
+            "endless" => {
+                // The program works meanwhile.
+                let control = app.control.clone();
+                if self.asked.get() == 5 {
+                    App::send(&control, App::shutdown);
+                }
+                Ok(false)
+            }
+            "late-failure" if self.asked.get() < 5 => Ok(false),
+            "late-failure" => Err(Error::Call("broken later".into())),
+            _ => Ok(true),
+        }
+    }
     fn expects_bdev(&self, app: &App, name: &str) -> bool {
         name == "late" && app.manager.get(name).is_err()
     }
@@ -93,7 +112,7 @@ fn start(parts: &'static [&'static str], config: Value, on_ready: fn() -> Option
     let thread = std::thread::spawn(move || {
         let part = |name: &'static str| -> Box<dyn Subsystem> {
             let stuck = name.starts_with("stuck");
-            Box::new(Part { name, tell: tell.clone(), stuck, held: RefCell::default() })
+            Box::new(Part { name, tell: tell.clone(), stuck, asked: Cell::new(0), held: RefCell::default() })
         };
         let options = Options {
             program: "test",
@@ -240,5 +259,54 @@ fn what_names_a_bdev_of_the_future_waits_for_it() {
     let saved = call("framework_get_config", json!({"name": "bdev"})).unwrap();
     assert_eq!(saved.as_array().unwrap().iter().filter(|c| c["method"] == "bdev_delay_create").count(), 2);
     p.app(App::shutdown);
+    p.end().0.unwrap();
+}
+
+#[test]
+fn the_next_waits_until_a_slow_one_is_ready() {
+    let p = start(&["slow", "b"], nothing(), || Some(Box::new(|app, cx| app.shutdown(cx))));
+    let (result, told) = p.end();
+    result.unwrap();
+    let right =
+        ["slow prepare", "b prepare", "slow initialise", "b initialise", "b shutdown", "slow shutdown"];
+    assert_eq!(told, right);
+}
+
+/// What is about to be ready has something to end; what follows has not.
+#[test]
+fn one_that_is_never_ready_is_ended() {
+    for (part, error) in [("endless", None), ("late-failure", Some("broken later"))] {
+        let parts: &[&str] = if part == "endless" { &["endless", "b"] } else { &["late-failure", "b"] };
+        let (result, told) = start(parts, nothing(), || None).end();
+        assert_eq!(result.err().map(|e| e.to_string()).as_deref(), error);
+        let steps = ["prepare", "initialise", "shutdown"].map(|step| format!("{part} {step}"));
+        assert_eq!(told, [steps[0].as_str(), "b prepare", &steps[1], &steps[2]]);
+    }
+}
+
+/// Layers stand before their bases, and there are subsystems that this program has not.
+#[test]
+fn a_configuration_of_spdk_tgt_is_loaded() {
+    let delay = |name: &str, base: &str| {
+        json!({"method": "bdev_delay_create", "params": {"name": name, "base_bdev_name": base,
+            "avg_read_latency": 0, "p99_read_latency": 0, "avg_write_latency": 0, "p99_write_latency": 0}})
+    };
+    let blank = |name: &str| json!({"method": "bdev_null_create", "params": {"name": name, "num_blocks": 8, "block_size": 512}});
+    let error = json!({"method": "bdev_error_create", "params": {"base_name": "n1"}});
+    let wait = json!({"method": "bdev_wait_for_examine"});
+    let bdevs = [delay("d0", "EE_n1"), error, delay("d1", "n"), blank("n"), blank("n1"), wait];
+    let config = json!({"subsystems": [
+        {"subsystem": "scheduler", "config": [{"method": "framework_set_scheduler_", "params": {"name": "static"}}]},
+        {"subsystem": "bdev", "config": bdevs},
+        {"subsystem": "nvmf", "config": [{"method": "nvmf_set_config", "params": {"admin_cmd_passthru": {}}}]},
+        {"subsystem": "iscsi", "config": null},
+    ]});
+    let p = start(&["a"], config, || None);
+    test_support::until("all bdevs", || {
+        let (tx, rx) = channel();
+        p.app(move |app, _| tx.send(app.manager.list().len()).unwrap());
+        rx.recv().unwrap() == 5
+    });
+    p.app(|app, cx| app.shutdown(cx));
     p.end().0.unwrap();
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use bdev::{BdevStatus, DriverValue, Op};
 use reactor::Turn;
 use rpc::{MethodTable, Responder, RpcError, States};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::bdev_error;
@@ -14,18 +14,30 @@ use crate::app::App;
 pub(super) fn register(t: &mut MethodTable<App>) {
     t.method::<GetBdevs>("bdev_get_bdevs", States::RUNTIME, get_bdevs);
     t.method_sync::<SetOptions, _>("bdev_set_options", States::STARTUP, |_, p| set_options(&p));
-    t.method_sync::<Examine, _>("bdev_examine", States::RUNTIME, |app, p| {
-        let found = app.manager.get(&p.name);
-        found.map(|_| true).map_err(|e| bdev_error("bdev_examine", &p.name, &e))
+    t.method::<Examine>("bdev_examine", States::RUNTIME, |app, p, r| examine(app, &p, r));
+    // No module of this program looks for something on a new bdev (partitions, volumes); those of a library may.
+    t.method_without_params("bdev_wait_for_examine", States::RUNTIME, |app, r| {
+        if let Some(r) = app.call_about("bdev_wait_for_examine", &json!({}), None, r) {
+            r.ok(true);
+        }
     });
-    // No module looks for something on a new bdev (partitions, volumes), so every examination is over at once.
-    t.method_without_params("bdev_wait_for_examine", States::RUNTIME, |_, r| r.ok(true));
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct Examine {
     name: String,
+}
+
+fn examine(app: &mut App, p: &Examine, r: Responder) {
+    match app.manager.status(&p.name) {
+        Err(e) => r.err(bdev_error("bdev_examine", &p.name, &e)),
+        Ok(bdev) => {
+            if let Some(r) = app.call_about("bdev_examine", &json!(p), Some(&bdev), r) {
+                r.ok(true);
+            }
+        }
+    }
 }
 
 /// Sizes of pools that do not exist here: requests and buffers belong to the connections. Taken, so that
@@ -134,6 +146,7 @@ fn bdev_row(app: &App, s: &BdevStatus) -> Value {
         row["claim_type"] = bdev::Claim::TYPE.into();
         row["claim_holder"] = claim.holder.clone().into();
     }
+    app.subsystems.iter().for_each(|subsystem| subsystem.describe_bdev(s, &mut row));
     row
 }
 

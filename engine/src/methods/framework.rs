@@ -43,7 +43,7 @@ fn get_config(app: &mut App, p: GetConfig) -> Result<Vec<Value>, RpcError> {
         "reactor" => threads::config(app),
         "bdev" => bdev_config::config(app),
         other => match app.subsystems.iter().find(|s| s.name() == other) {
-            Some(subsystem) => subsystem.config(app),
+            Some(subsystem) => subsystem.try_config(app)?,
             None => return Err(no_subsystem(app, other)),
         },
     };

@@ -2,8 +2,8 @@
 
 use base64::Engine;
 use bdev::{HistogramConfig, IoStats, Op, OpStats, ResetMode, Status};
-use rpc::{MethodTable, RpcError, States};
-use serde::Deserialize;
+use rpc::{MethodTable, Responder, RpcError, States};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::threads::{TICK_RATE, thread_id};
@@ -17,7 +17,7 @@ pub(super) fn register(t: &mut MethodTable<App>) {
     t.method_sync::<Name, _>("bdev_get_histogram", States::RUNTIME, get_histogram);
     t.method_sync::<Borders, _>("bdev_get_histogram_borders", States::RUNTIME, get_borders);
     t.method_sync::<QdSampling, _>("bdev_set_qd_sampling_period", States::RUNTIME, set_qd_sampling);
-    t.method_sync::<QosLimit, _>("bdev_set_qos_limit", States::RUNTIME, set_qos_limit);
+    t.method::<QosLimit>("bdev_set_qos_limit", States::RUNTIME, |app, p, r| set_qos_limit(app, &p, r));
 }
 
 #[derive(Deserialize)]
@@ -249,19 +249,35 @@ fn set_qd_sampling(app: &mut App, p: QdSampling) -> Result<bool, RpcError> {
     Err(unsupported(METHOD, "period", text).object("bdev", &p.name))
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct QosLimit {
     name: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
     rw_ios_per_sec: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     rw_mbytes_per_sec: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     r_mbytes_per_sec: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     w_mbytes_per_sec: Option<u64>,
 }
 
-fn set_qos_limit(app: &mut App, p: QosLimit) -> Result<bool, RpcError> {
+/// Limits of a library's bdev are the library's.
+fn set_qos_limit(app: &mut App, p: &QosLimit, r: Responder) {
     const METHOD: &str = "bdev_set_qos_limit";
-    app.manager.get(&p.name).map_err(|e| bdev_error(METHOD, &p.name, &e))?;
+    match app.manager.status(&p.name) {
+        Err(e) => r.err(bdev_error(METHOD, &p.name, &e)),
+        Ok(bdev) => {
+            if let Some(r) = app.call_about(METHOD, &json!(p), Some(&bdev), r) {
+                r.reply(no_limits(METHOD, p));
+            }
+        }
+    }
+}
+
+/// Bdevs of this program have no limits, and the answer says so of any that is asked for.
+fn no_limits(method: &str, p: &QosLimit) -> Result<bool, RpcError> {
     let limits = [
         ("rw_ios_per_sec", p.rw_ios_per_sec),
         ("rw_mbytes_per_sec", p.rw_mbytes_per_sec),
@@ -270,13 +286,13 @@ fn set_qos_limit(app: &mut App, p: QosLimit) -> Result<bool, RpcError> {
     ];
     if limits.iter().all(|(_, l)| l.is_none()) {
         let names = limits.map(|(name, _)| name).join(", ");
-        let text = format!("{METHOD}: no limit given; use one of {names}");
-        return Err(RpcError::errno(22, text).method(METHOD).object("bdev", &p.name));
+        let text = format!("{method}: no limit given; use one of {names}");
+        return Err(RpcError::errno(22, text).method(method).object("bdev", &p.name));
     }
     match limits.iter().find(|(_, l)| l.is_some_and(|l| l != 0)) {
         Some((param, _)) => {
             let text = "rate limits are not implemented; 0 (unlimited) is the only value";
-            Err(unsupported(METHOD, param, text).object("bdev", &p.name))
+            Err(unsupported(method, param, text).object("bdev", &p.name))
         }
         None => Ok(true),
     }
