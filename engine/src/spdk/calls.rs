@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use bdev::spdk::Port;
+use bdev::spdk::{MAX_REQUEST, MAX_VALUES, Port};
 use rpc::{Responder, RpcError};
 use serde_json::{Value, json};
 
@@ -15,20 +15,46 @@ pub(super) const NVME_OPTIONS: &str = "bdev_nvme_set_options";
 
 /// Calls that SPDK has not answered yet, over its port.
 pub(super) struct Calls {
-    port: Port,
+    /// `None` after SPDK closed it: the next call opens another one.
+    port: Option<Port>,
     next_id: u64,
-    waiting: HashMap<u64, Responder>,
+    waiting: HashMap<u64, Waiting>,
+    /// Calls that could not be sent.
+    failed: Vec<(u64, RpcError)>,
     /// Answers, of which the last may not be whole.
     inbox: Vec<u8>,
 }
 
+/// A call and whom its answer is for.
+pub(super) struct Waiting {
+    pub(super) caller: Caller,
+    /// When it was sent.
+    pub(super) since: Instant,
+    /// Names that its parameters have for the bdev that it makes, if it makes one.
+    names: Vec<String>,
+}
+
+pub(super) enum Caller {
+    /// A client, or a call of this program's configuration.
+    Responder(Responder),
+    /// SPDK's configuration, or somebody who waits for the number.
+    Own,
+}
+
+/// A call and its answer.
+pub(super) struct Answered {
+    pub(super) id: u64,
+    pub(super) call: Waiting,
+    pub(super) answer: Answer,
+}
+
 impl Calls {
     pub(super) fn new(port: Port) -> Self {
-        Self { port, next_id: 1, waiting: HashMap::new(), inbox: Vec::new() }
+        Self { port: Some(port), next_id: 1, waiting: HashMap::new(), failed: Vec::new(), inbox: Vec::new() }
     }
 
-    /// Sends a call; its answer has the number that is returned.
-    pub(super) fn send(&mut self, method: &str, params: Option<&Value>) -> u64 {
+    /// Sends a call; its answer has the number that is returned, and comes in any case.
+    pub(super) fn send(&mut self, method: &str, params: Option<&Value>, caller: Caller) -> u64 {
         let id = self.next_id;
         self.next_id += 1;
         let mut request = json!({"jsonrpc": "2.0", "id": id, "method": method});
@@ -42,57 +68,131 @@ impl Calls {
                 params["enable_flush"] = Value::Bool(true);
             }
         }
-        self.port.send(request.to_string().as_bytes());
+        self.waiting.insert(id, Waiting { caller, since: Instant::now(), names: names_in_params(params) });
+        if let Err(error) = self.post(method, &request) {
+            self.failed.push((id, error));
+        }
         id
     }
 
-    /// Sends a call that `responder` answers.
-    pub(super) fn forward(&mut self, method: &str, params: Option<&Value>, responder: Responder) {
-        let id = self.send(method, params);
-        self.waiting.insert(id, responder);
-    }
-
-    /// Calls without an answer yet.
-    pub(super) fn is_empty(&self) -> bool {
-        self.waiting.is_empty()
-    }
-
-    /// Whom an answer is for.
-    pub(super) fn responder(&mut self, id: u64) -> Option<Responder> {
-        self.waiting.remove(&id)
-    }
-
-    /// What SPDK answered since the last turn.
-    pub(super) fn turn(&mut self) -> Vec<(u64, Answer)> {
-        let outcome = self.port.turn(&mut self.inbox);
-        let answers = take_answers(&mut self.inbox);
-        if let Err(e) = outcome {
-            // Dropped responders answer that there is no answer.
-            tracing::error!(error = %e, "SPDK's JSON-RPC failed");
-            self.waiting.clear();
+    fn post(&mut self, method: &str, request: &Value) -> Result<(), RpcError> {
+        let text = request.to_string();
+        if text.len() > MAX_REQUEST || values(request) > MAX_VALUES {
+            let (bytes, parts) = (text.len(), values(request));
+            let text = format!(
+                "{method}: the request has {bytes} bytes and {parts} values; SPDK takes {MAX_REQUEST} bytes and \
+                 {MAX_VALUES} values: make several calls of it"
+            );
+            return Err(RpcError::errno(E2BIG, text));
         }
-        answers
+        if self.port.is_none() {
+            let port = Port::open();
+            self.port =
+                Some(port.map_err(|e| RpcError::internal(format!("{method}: SPDK's JSON-RPC: {e}")))?);
+        }
+        if let Some(port) = &mut self.port {
+            port.send(text.as_bytes());
+        }
+        Ok(())
+    }
+
+    /// Calls that will be answered soon, or may: SPDK works for them without pause. What takes longer (a device that hangs)
+    /// is looked after as anything else.
+    pub(super) fn working(&self) -> bool {
+        self.waiting.values().any(|call| call.since.elapsed() < WORK)
+    }
+
+    /// What was answered since the last turn.
+    pub(super) fn turn(&mut self) -> Vec<Answered> {
+        let mut answers: Vec<(u64, Answer)> = self.failed.drain(..).map(|(id, e)| (id, Err(e))).collect();
+        if let Some(port) = &mut self.port {
+            let moved = port.turn(&mut self.inbox);
+            let taken = take_answers(&mut self.inbox, &mut answers);
+            if let Err(e) = moved.and(taken) {
+                self.lost(&e, &mut answers);
+            }
+        }
+        let found = |(id, answer)| self.waiting.remove(&id).map(|call| Answered { id, call, answer });
+        answers.into_iter().filter_map(found).collect()
+    }
+
+    /// The connection is gone, and with it whatever answers were due.
+    #[cold]
+    fn lost(&mut self, why: &std::io::Error, answers: &mut Vec<(u64, Answer)>) {
+        let said = bdev::spdk::recent_errors();
+        tracing::error!(error = %why, spdk = said, "SPDK's JSON-RPC failed; the next call begins anew");
+        self.port = None;
+        self.inbox.clear();
+        let answered: Vec<u64> = answers.iter().map(|(id, _)| *id).collect();
+        let text = format!("{why}: whether the call was carried out is not known ({said})");
+        for id in self.waiting.keys().filter(|id| !answered.contains(id)) {
+            answers.push((*id, Err(RpcError::internal(&text))));
+        }
     }
 }
 
-/// The whole answers at the head of `inbox`, in order.
-fn take_answers(inbox: &mut Vec<u8>) -> Vec<(u64, Answer)> {
-    if inbox.is_empty() {
-        return Vec::new();
+impl Answered {
+    /// Names of the bdevs that the call made, as far as it is one that makes any: SPDK's methods answer with them, or with
+    /// `true` if the caller chose the name.
+    pub(super) fn made(&self) -> Vec<&str> {
+        match &self.answer {
+            Ok(Value::String(name)) => vec![name],
+            Ok(Value::Array(names)) => names.iter().filter_map(Value::as_str).collect(),
+            Ok(Value::Object(made)) => made.get("name").and_then(Value::as_str).into_iter().collect(),
+            Ok(Value::Bool(true)) => self.call.names.iter().map(String::as_str).collect(),
+            _ => Vec::new(),
+        }
     }
-    let mut answers = Vec::new();
+}
+
+/// How long SPDK works without pause for a call.
+const WORK: Duration = Duration::from_secs(60);
+
+/// "Argument list too long".
+const E2BIG: i32 = 7;
+
+/// Values as SPDK counts them.
+fn values(of: &Value) -> usize {
+    match of {
+        Value::Array(list) => 2 + list.iter().map(values).sum::<usize>(),
+        Value::Object(members) => 2 + members.values().map(|v| 1 + values(v)).sum::<usize>(),
+        _ => 1,
+    }
+}
+
+fn names_in_params(params: Option<&Value>) -> Vec<String> {
+    let text = |key: &str| params.and_then(|p| p.get(key)).and_then(Value::as_str).map(str::to_owned);
+    // An error bdev is called after its base: `vbdev_error.c`.
+    text("name").into_iter().chain(text("base_name").map(|base| bdev::error::name_on(&base))).collect()
+}
+
+/// The whole answers at the head of `inbox`, in order.
+///
+/// # Errors
+/// What is there is no JSON.
+fn take_answers(inbox: &mut Vec<u8>, answers: &mut Vec<(u64, Answer)>) -> std::io::Result<()> {
+    if inbox.is_empty() {
+        return Ok(());
+    }
     let mut stream = serde_json::Deserializer::from_slice(inbox).into_iter::<Value>();
     let mut used = 0;
-    while let Some(Ok(answer)) = stream.next() {
-        used = stream.byte_offset();
-        let id = answer["id"].as_u64().unwrap_or(0);
-        answers.push((id, understand(&answer)));
-    }
+    let outcome = loop {
+        match stream.next() {
+            None => break Ok(()),
+            Some(Err(e)) if e.is_eof() => break Ok(()),
+            Some(Err(e)) => break Err(std::io::Error::other(format!("SPDK's answer is no JSON: {e}"))),
+            Some(Ok(answer)) => {
+                used = stream.byte_offset();
+                let id = answer["id"].as_u64().unwrap_or(0);
+                answers.push((id, understand(&answer)));
+            }
+        }
+    };
     inbox.drain(..used);
     if inbox.iter().all(u8::is_ascii_whitespace) {
         inbox.clear();
     }
-    answers
+    outcome
 }
 
 fn understand(answer: &Value) -> Answer {
@@ -104,7 +204,7 @@ fn understand(answer: &Value) -> Answer {
 }
 
 /// How long methods that answer at once may take.
-const AT_ONCE: Duration = Duration::from_secs(10);
+pub(super) const AT_ONCE: Duration = Duration::from_secs(10);
 
 /// Names of all methods that SPDK's linked modules have. Needs no running SPDK.
 pub(super) fn method_names(port: &mut Port) -> std::io::Result<Vec<String>> {
@@ -112,7 +212,9 @@ pub(super) fn method_names(port: &mut Port) -> std::io::Result<Vec<String>> {
     let (mut inbox, start) = (Vec::new(), Instant::now());
     loop {
         port.turn(&mut inbox)?;
-        match take_answers(&mut inbox).pop() {
+        let mut answers = Vec::new();
+        take_answers(&mut inbox, &mut answers)?;
+        match answers.pop() {
             Some((_, Ok(names))) => return Ok(serde_json::from_value(names)?),
             Some((_, Err(e))) => return Err(std::io::Error::other(e)),
             None if start.elapsed() > AT_ONCE => return Err(std::io::ErrorKind::TimedOut.into()),
@@ -130,13 +232,73 @@ mod tests {
         let text = "{\"jsonrpc\":\"2.0\",\"id\":1,\"result\":[\"a\"]}\n{\"jsonrpc\":\"2.0\",\"id\":2,\"error\":{\"code\":-19,\"message\":\"No such device\"}}\n";
         for cut in 0..text.len() {
             let mut inbox = text.as_bytes()[..cut].to_vec();
-            let mut answers = take_answers(&mut inbox);
+            let mut answers = Vec::new();
+            take_answers(&mut inbox, &mut answers).unwrap();
             inbox.extend_from_slice(&text.as_bytes()[cut..]);
-            answers.extend(take_answers(&mut inbox));
+            take_answers(&mut inbox, &mut answers).unwrap();
             assert_eq!(answers.len(), 2, "cut at {cut}");
             assert_eq!(answers[0], (1, Ok(json!(["a"]))));
             assert_eq!(answers[1].1.as_ref().unwrap_err().code, -19);
             assert!(inbox.is_empty());
         }
+        assert!(take_answers(&mut b"{]".to_vec(), &mut Vec::new()).is_err());
+    }
+
+    /// Turns until `count` calls were answered.
+    fn answers(calls: &mut Calls, count: usize) -> Vec<Answered> {
+        let (mut got, start) = (Vec::new(), Instant::now());
+        while got.len() < count {
+            got.extend(calls.turn());
+            assert!(start.elapsed() < AT_ONCE * 6, "{} of {count} answers", got.len());
+        }
+        got
+    }
+
+    /// SPDK closes the connection for what it cannot read. Every call is answered, and the next one works. Needs no running
+    /// SPDK, as `method_names`.
+    #[test]
+    fn a_lost_connection_ends_its_calls_only() {
+        let mut calls = Calls::new(Port::open().unwrap());
+        calls.port.as_mut().unwrap().send(b"{]");
+        let lost = calls.send("rpc_get_methods", None, Caller::Own);
+        let [answered] = answers(&mut calls, 1).try_into().ok().unwrap();
+        assert_eq!((answered.id, answered.answer.is_err()), (lost, true));
+        assert!(calls.waiting.is_empty() && calls.turn().is_empty());
+
+        let long = Value::from("x".repeat(MAX_REQUEST));
+        let many = Value::from(vec![0; MAX_VALUES]);
+        for params in [&long, &many] {
+            calls.send("rpc_get_methods", Some(params), Caller::Own);
+        }
+        let next = calls.send("rpc_get_methods", None, Caller::Own);
+        for answered in answers(&mut calls, 3) {
+            let code = answered.answer.as_ref().map_err(|e| e.code).err();
+            assert_eq!(code, (answered.id != next).then_some(-i64::from(E2BIG)), "{:?}", answered.answer);
+        }
+    }
+
+    #[test]
+    fn values_are_counted_as_by_spdk() {
+        // `test_parse_nesting` and others of SPDK's test/unit/lib/json: both ends of a list, and each name, are one each.
+        for (value, count) in
+            [(json!(1), 1), (json!([]), 2), (json!({"a": [1, 2], "b": {}}), 2 + 1 + 4 + 1 + 2)]
+        {
+            assert_eq!(values(&value), count, "{value}");
+        }
+    }
+
+    #[test]
+    fn what_a_call_made_is_what_it_answers() {
+        let made = |params: Value, answer: Value| {
+            let call =
+                Waiting { caller: Caller::Own, since: Instant::now(), names: names_in_params(Some(&params)) };
+            let answered = Answered { id: 1, call, answer: Ok(answer) };
+            answered.made().into_iter().map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert_eq!(made(json!({"name": "Nvme0"}), json!(["Nvme0n1", "Nvme0n2"])), ["Nvme0n1", "Nvme0n2"]);
+        assert_eq!(made(json!({"lvol_name": "v"}), json!("some-uuid")), ["some-uuid"]);
+        assert_eq!(made(json!({"name": "R"}), json!(true)), ["R"]);
+        assert_eq!(made(json!({"base_name": "B"}), json!(true)), ["EE_B"]);
+        assert!(made(json!({"name": "R"}), json!([{"name": "R"}])).is_empty());
     }
 }

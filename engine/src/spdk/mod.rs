@@ -1,8 +1,10 @@
 //! The subsystem "spdk": SPDK's bdevs among this program's, and SPDK's own JSON-RPC methods. Feature `spdk`.
 //!
 //! SPDK starts when the configuration says so (`spdk_set_options`), and not otherwise. `state` is SPDK as the control thread
-//! has it, `calls` its methods, `config` its configuration, `poller` what reactors do for it.
+//! has it, `calls` its methods, `config` its configuration, `bdevs` the way of its bdevs into our table, `poller` what
+//! reactors do for it.
 
+mod bdevs;
 mod calls;
 mod config;
 mod options;
@@ -96,23 +98,72 @@ impl Subsystem for Spdk {
         if state.borrow().options.is_none() {
             return Ok(());
         }
-        let outcome = state::start(app).and_then(|()| state.borrow_mut().initialise());
-        outcome.map_err(|e| Error::Call(format!("SPDK: {}", e.message)))
+        state::start(app).map_err(|e| Error::Call(format!("SPDK: {}", e.message)))?;
+        state.borrow_mut().begin_loading(app.startup.on_error);
+        Ok(())
+    }
+
+    fn initialised(&self, app: &mut App) -> Result<bool, Error> {
+        let Some(state) = app.state::<State>() else { return Ok(true) };
+        let loaded = state.borrow_mut().loaded();
+        loaded.map_err(|e| Error::Call(format!("SPDK: {}", e.message)))
+    }
+
+    fn config(&self, app: &App) -> Vec<Value> {
+        self.try_config(app).unwrap_or_default()
     }
 
     /// One call with all of SPDK's configuration in it.
-    fn config(&self, app: &App) -> Vec<Value> {
-        let Some(state) = app.state::<State>() else { return Vec::new() };
+    fn try_config(&self, app: &App) -> Result<Vec<Value>, RpcError> {
+        let Some(state) = app.state::<State>() else { return Ok(Vec::new()) };
         let mut state = state.borrow_mut();
-        let Some(options) = state.options.clone() else { return Vec::new() };
-        let subsystems = config::present(&mut state);
-        vec![json!({"method": "spdk_set_options", "params": options.to_value(subsystems)})]
+        let Some(options) = state.options.clone() else { return Ok(Vec::new()) };
+        let subsystems = config::present(&mut state)?;
+        Ok(vec![json!({"method": "spdk_set_options", "params": options.to_value(subsystems)})])
     }
 
     fn bdev_kind(&self, bdev: &BdevStatus) -> Option<BdevKind> {
         let any: &dyn Any = &*bdev.bdev;
         // SPDK's configuration makes it.
         any.is::<SpdkBdev>().then_some(BdevKind { section: "spdk", create: None })
+    }
+
+    /// As SPDK's own `bdev_get_bdevs` has it, which tools of SPDK read.
+    fn describe_bdev(&self, bdev: &BdevStatus, row: &mut Value) {
+        let any: &dyn Any = &*bdev.bdev;
+        let Some(disk) = any.downcast_ref::<SpdkBdev>() else { return };
+        let details = disk.details();
+        if let Ok(own) = serde_json::from_str::<Value>(&details.driver_specific) {
+            row["driver_specific"] = own;
+        }
+        for (limit, value) in details.limits {
+            row["assigned_rate_limits"][limit] = value.into();
+        }
+        // A layer or export of this program is the nearer holder.
+        if let Some(claim) = details.claim.filter(|_| bdev.claim.is_none()) {
+            row["claimed"] = true.into();
+            row["claim_type"] = claim.into();
+        }
+    }
+
+    fn call_about(
+        &self,
+        app: &mut App,
+        method: &str,
+        params: Value,
+        bdev: Option<&BdevStatus>,
+        responder: Responder,
+    ) -> Option<Responder> {
+        let state = app.state::<State>().filter(|state| state.borrow().is_running());
+        let Some(state) = state else { return Some(responder) };
+        let mut params = params;
+        if let Some(bdev) = bdev {
+            let any: &dyn Any = &*bdev.bdev;
+            let Some(disk) = any.downcast_ref::<SpdkBdev>() else { return Some(responder) };
+            params["name"] = disk.spdk_name().into();
+        }
+        state.borrow_mut().send(method, Some(&params), responder);
+        None
     }
 
     fn shutdown(&self, app: &mut App, _: &mut Turn<'_>, done: ShutdownDone) {
@@ -171,8 +222,37 @@ fn call(app: &mut App, method: &str, params: Option<&Value>, responder: Responde
         return responder
             .err(error.hint("no linked module of SPDK has it; rpc_get_methods by spdk_rpc lists them"));
     }
-    match state::start(app) {
-        Ok(()) => state.borrow_mut().send(method, params, responder),
-        Err(e) => responder.err(e),
+    if let Err(e) = state::start(app) {
+        return responder.err(e);
     }
+    match native_base(app, params) {
+        None => state.borrow_mut().send(method, params, responder),
+        Some((param, name)) => {
+            let text = format!(
+                "{method}: {param}: {name} is a bdev of this program, which SPDK does not know: its modules make something of \
+                 SPDK's own bdevs only"
+            );
+            let hint = "make the base with SPDK's method, by spdk_rpc; or use a layer of this program, such as bdev_delay_create";
+            responder.err(RpcError::errno(19, text).param(&param).object("bdev", name).hint(hint));
+        }
+    }
+}
+
+/// The parameter that names a bdev of this program as the base of something. SPDK would wait for a bdev of that name, and
+/// answer that all is well.
+fn native_base(app: &App, params: Option<&Value>) -> Option<(String, String)> {
+    let native = |name: &&str| {
+        let found = app.manager.get(name).ok();
+        let ours = found.is_some_and(|bdev| !(&*bdev as &dyn Any).is::<SpdkBdev>());
+        ours && bdev::spdk::name_of(name).is_none()
+    };
+    // base_bdev, base_bdevs, base_bdev_name, base_name, bdev_name, bdev.
+    let is_base = |key: &str| key.starts_with("base_") || key.starts_with("bdev");
+    params?.as_object()?.iter().filter(|(key, _)| is_base(key)).find_map(|(key, value)| {
+        let names: Vec<&str> = match value {
+            Value::Array(list) => list.iter().filter_map(Value::as_str).collect(),
+            other => other.as_str().into_iter().collect(),
+        };
+        names.into_iter().find(native).map(|name| (key.clone(), name.to_owned()))
+    })
 }

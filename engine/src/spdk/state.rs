@@ -5,13 +5,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use bdev::Manager;
-use bdev::spdk::{self, Change, Runtime, SpdkBdev};
+use bdev::spdk::{self, Runtime, SpdkBdev};
 use reactor::Handle;
-use rpc::{Config, Responder, RpcError};
+use rpc::{Config, OnError, Responder, RpcError};
 use serde_json::Value;
 
-use super::calls::{Answer, Calls, NVME_OPTIONS};
-use super::config;
+use super::bdevs::Bdevs;
+use super::calls::{AT_ONCE, Answer, Answered, Caller, Calls};
+use super::config::Loading;
 use super::options::SetOptions;
 use super::poller;
 use crate::app::App;
@@ -22,29 +23,31 @@ use crate::subsystem::ShutdownDone;
 pub(super) struct State {
     /// Set: SPDK is wanted.
     pub(super) options: Option<SetOptions>,
-    /// SPDK's configuration, until it has been loaded.
+    /// SPDK's configuration, until it is loaded.
     pub(super) load: Option<Config>,
+    loading: Option<Loading>,
     running: Option<Running>,
     /// It ran, and does not any more.
     ended: bool,
 }
 
-struct Running {
+/// SPDK, once it was started.
+pub(super) struct Running {
     // Field order is drop order: SPDK's server goes before SPDK.
-    calls: Calls,
-    runtime: Runtime,
+    pub(super) calls: Calls,
+    pub(super) runtime: Runtime,
     manager: Arc<Manager>,
     reactors: Vec<Handle>,
     phase: Phase,
-    /// SPDK's bdevs that are not offered yet.
-    found: Vec<String>,
-    /// The call that waits until SPDK's modules have looked at them, which they claim them for.
-    examination: Option<u64>,
-    /// Answers that wait for that: what they tell of can be used when they come.
-    held: Vec<(u64, Answer)>,
-    /// SPDK's bdevs that could not be offered since the last answers, in words.
-    not_offered: Vec<String>,
+    bdevs: Bdevs,
+    /// Answers that wait for bdevs: what they tell of can be used when they come.
+    held: Vec<Held>,
+    /// Answers to calls of this program's own.
+    own: Vec<(u64, Answer)>,
 }
+
+/// An answer, and the new bdevs that it waits for.
+struct Held(Answered, Vec<String>);
 
 enum Phase {
     Up,
@@ -89,13 +92,12 @@ pub(super) fn start(app: &App) -> Result<(), RpcError> {
     state.running = Some(Running {
         calls,
         runtime,
+        bdevs: Bdevs::new(manager.clone()),
         manager,
         reactors,
         phase: Phase::Up,
-        found: Vec::new(),
-        examination: None,
         held: Vec::new(),
-        not_offered: Vec::new(),
+        own: Vec::new(),
     });
     // Handlers have no turn of the control thread; the next one has.
     app.later(move |app, cx| {
@@ -120,66 +122,36 @@ impl State {
         self.running.as_ref().is_some_and(|r| matches!(r.phase, Phase::Up))
     }
 
-    pub(super) fn has_subsystem(&self, name: &str) -> bool {
-        self.running.as_ref().is_some_and(|r| r.runtime.has_subsystem(name))
+    /// Begins to load SPDK's configuration, around the initialisation of its subsystems.
+    pub(super) fn begin_loading(&mut self, on_error: OnError) {
+        self.loading = Some(Loading::new(self.load.take(), on_error));
     }
 
-    /// Loads SPDK's configuration around the initialisation of its subsystems.
-    pub(super) fn initialise(&mut self) -> Result<(), RpcError> {
-        let config = self.load.take();
-        if let Some(config) = &config {
-            config::load(self, config, true)?;
+    /// Goes on with that; true when it is done.
+    ///
+    /// # Errors
+    /// A call of the configuration failed, or SPDK's initialisation.
+    pub(super) fn loaded(&mut self) -> Result<bool, RpcError> {
+        let (Some(loading), Some(running)) = (&mut self.loading, &mut self.running) else { return Ok(true) };
+        if !loading.advance(running)? {
+            return Ok(false);
         }
-        self.flush_nvme()?;
-        if let Some(running) = &mut self.running {
-            running.runtime.init().map_err(|e| RpcError::internal(e.to_string()))?;
-        }
-        if let Some(config) = &config {
-            config::load(self, config, false)?;
-        }
-        // Whatever the initialisation found, and what was found on that.
-        if self.is_running() {
-            self.call("bdev_wait_for_examine", None)?;
-        }
-        match &mut self.running {
-            Some(running) if !running.not_offered.is_empty() => {
-                Err(RpcError::errno(17, std::mem::take(&mut running.not_offered).join("; ")))
-            }
-            _ => Ok(()),
-        }
+        self.loading = None;
+        Ok(true)
     }
 
-    /// Has NVMe drives flushed when they are asked to.
-    fn flush_nvme(&mut self) -> Result<(), RpcError> {
-        if !self.is_running() || spdk::states_of(NVME_OPTIONS).is_none() {
-            return Ok(());
-        }
-        if spdk::flushes_nvme() {
-            return self.call(NVME_OPTIONS, None).map(|_| ());
-        }
-        tracing::warn!(
-            spdk = spdk::version(),
-            "this SPDK never sends NVMe drives a flush (v25.09 and later do): data may be lost with power though they were \
-             flushed, unless the drives have no volatile write cache, or power-loss protection"
-        );
-        Ok(())
-    }
-
-    /// Calls a method and waits for its answer. SPDK goes on meanwhile, this program's control thread does not.
+    /// Calls a method that answers at once, and returns its answer.
     pub(super) fn call(&mut self, method: &str, params: Option<&Value>) -> Answer {
         let Some(running) = &mut self.running else { return Err(RpcError::errno(19, "SPDK is not running")) };
-        let id = running.calls.send(method, params);
-        let mut told = Instant::now();
+        let id = running.calls.send(method, params, Caller::Own);
+        let since = Instant::now();
         loop {
-            for (answered, answer) in running.turn() {
-                if answered == id {
-                    return answer;
-                }
-                running.deliver(answered, answer);
+            running.turn();
+            if let Some(answer) = running.take_answer(id) {
+                return answer;
             }
-            if told.elapsed().as_secs() >= 10 {
-                told = Instant::now();
-                tracing::warn!(method, "SPDK has not answered yet");
+            if since.elapsed() >= AT_ONCE {
+                return Err(RpcError::errno(110, format!("{method}: SPDK has not answered for {AT_ONCE:?}")));
             }
         }
     }
@@ -188,7 +160,7 @@ impl State {
     pub(super) fn send(&mut self, method: &str, params: Option<&Value>, responder: Responder) {
         match &mut self.running {
             Some(running) if matches!(running.phase, Phase::Up) => {
-                running.calls.forward(method, params, responder)
+                running.calls.send(method, params, Caller::Responder(responder));
             }
             _ => responder.err(RpcError::errno(19, "SPDK is not running: this program is ending")),
         }
@@ -197,9 +169,7 @@ impl State {
     /// One turn; true while it must not sleep.
     pub(super) fn poll(&mut self) -> bool {
         let Some(running) = &mut self.running else { return false };
-        for (id, answer) in running.turn() {
-            running.deliver(id, answer);
-        }
+        running.turn();
         match &running.phase {
             Phase::Up => {}
             Phase::Finishing(_) if running.runtime.finished() => running.leave(),
@@ -209,10 +179,11 @@ impl State {
             }
             Phase::Finishing(_) | Phase::Leaving(..) => return true,
         }
-        !running.calls.is_empty() || running.examination.is_some()
+        running.calls.working() || running.offers()
     }
 
     pub(super) fn begin_shutdown(&mut self, done: ShutdownDone) {
+        self.loading = None;
         // Without SPDK `done` is dropped: it has ended.
         let Some(running) = &mut self.running else { return };
         for bdev in running.manager.list() {
@@ -231,8 +202,7 @@ impl State {
         self.ended = true;
         if let Some(running) = self.running.take() {
             tracing::warn!("SPDK did not end in time");
-            // What it waits for cannot be taken down under it.
-            std::mem::forget(running.runtime);
+            running.runtime.abandon();
         }
     }
 
@@ -250,66 +220,71 @@ impl State {
 }
 
 impl Running {
-    /// SPDK's turn, with its new bdevs offered before anybody hears of an answer.
-    fn turn(&mut self) -> Vec<(u64, Answer)> {
+    /// SPDK's turn. Its new bdevs are offered before anybody hears of an answer that tells of them; other answers do not wait
+    /// for that.
+    fn turn(&mut self) {
         // First: what was dropped before a call is closed before it.
         self.runtime.poll();
-        self.held.extend(self.calls.turn());
+        let answered = self.calls.turn();
         self.runtime.poll();
-        while let Some(change) = self.runtime.next_change() {
-            // Removal comes as an event of the bdev.
-            if let Change::Registered(name) = change {
-                self.found.push(name);
-            }
-        }
         if !matches!(self.phase, Phase::Up) {
-            return std::mem::take(&mut self.held);
+            let held = std::mem::take(&mut self.held).into_iter().map(|Held(answered, _)| answered);
+            return held.chain(answered).for_each(|a| self.deliver(a));
         }
-        let examined = self.held.iter().position(|(id, _)| Some(*id) == self.examination);
-        if let Some(i) = examined {
-            if let (_, Err(error)) = self.held.remove(i) {
-                tracing::warn!(%error, "SPDK's modules did not look at new bdevs");
-            }
-            self.examination = None;
+        let new = self.bdevs.turn(&mut self.runtime, !answered.is_empty());
+        for answered in answered {
+            let waits = match answered.call.caller {
+                // It looks after the bdevs by itself, when all calls are done.
+                Caller::Own => Vec::new(),
+                Caller::Responder(_) if answered.answer.is_err() => Vec::new(),
+                Caller::Responder(_) => {
+                    let made = answered.made().into_iter().map(str::to_owned);
+                    made.chain(new.iter().cloned()).collect()
+                }
+            };
+            self.held.push(Held(answered, waits));
         }
-        if self.examination.is_none() && !self.found.is_empty() {
-            if examined.is_some() {
-                // More may have been found on them, which is examined next.
-                std::mem::take(&mut self.found).iter().for_each(|name| self.offer(name));
+        for Held(answered, waits) in std::mem::take(&mut self.held) {
+            if waits.iter().any(|name| self.bdevs.is_new(name)) {
+                self.held.push(Held(answered, waits));
             } else {
-                self.examination = Some(self.calls.send("bdev_wait_for_examine", None));
-            }
-        }
-        if self.examination.is_some() || self.held.is_empty() {
-            return Vec::new();
-        }
-        let mut answers = std::mem::take(&mut self.held);
-        if let Some((_, answer)) = answers.iter_mut().find(|(_, a)| a.is_ok())
-            && !self.not_offered.is_empty()
-        {
-            *answer = Err(RpcError::errno(17, std::mem::take(&mut self.not_offered).join("; ")));
-        }
-        answers
-    }
-
-    /// Offers a bdev of SPDK to this program.
-    fn offer(&mut self, name: &str) {
-        match spdk::offer(&self.manager, name) {
-            Ok(_) | Err(bdev::Error::NotFound { .. }) => {}
-            Err(e) => {
-                let text = format!("SPDK made its bdev {name}, which is not offered by this program: {e}");
-                tracing::error!("{text}");
-                self.not_offered.push(text);
+                self.deliver(answered);
             }
         }
     }
 
-    fn deliver(&mut self, id: u64, answer: Answer) {
-        match (self.calls.responder(id), answer) {
-            (Some(responder), Ok(result)) => responder.ok(result),
-            (Some(responder), Err(error)) => responder.err(error),
-            (None, _) => {}
+    /// Answers a call. One that made a bdev which cannot be used here has not done what its caller wanted; of several, it
+    /// answers with those that can be used.
+    fn deliver(&mut self, answered: Answered) {
+        let since = answered.call.since;
+        let refusal = answered.made().into_iter().find_map(|name| self.bdevs.refusal(name, since)).cloned();
+        let Answered { id, call, mut answer } = answered;
+        let r = match call.caller {
+            Caller::Own => return self.own.push((id, answer)),
+            Caller::Responder(r) => r,
+        };
+        if let Some(refusal) = refusal {
+            let usable = |name: &Value| name.as_str().is_none_or(|n| self.bdevs.refusal(n, since).is_none());
+            match &mut answer {
+                Ok(Value::Array(names)) if names.iter().any(usable) => names.retain(usable),
+                _ => {
+                    let message = format!("{}: {}", r.method(), refusal.message);
+                    answer = Err(RpcError { message, ..refusal });
+                }
+            }
         }
+        r.reply(answer);
+    }
+
+    /// The answer to a call of this program's own, if it is there.
+    pub(super) fn take_answer(&mut self, id: u64) -> Option<Answer> {
+        let at = self.own.iter().position(|(of, _)| *of == id)?;
+        Some(self.own.swap_remove(at).1)
+    }
+
+    /// Bdevs wait to be offered.
+    pub(super) fn offers(&self) -> bool {
+        self.bdevs.busy()
     }
 
     /// Has every reactor let go of SPDK.
