@@ -1,5 +1,6 @@
 //! The contract of a bdev on SPDK's, and what is special about them. Run by `scripts/test-spdk.sh`, which says with what
-//! memory (`SPDK_TEST_NO_HUGE`); SPDK can be started once in a process, so all tests share one.
+//! memory (`SPDK_TEST_NO_HUGE`), and whether as if there were PCI devices (`SPDK_TEST_DEVICES`): the memory of the tests is none
+//! that those could reach, as a guest's. SPDK can be started once in a process, so all tests share one.
 
 mod common;
 #[macro_use]
@@ -49,8 +50,11 @@ fn app() -> Sender<Call> {
             .name("spdk-app".into())
             .spawn(move || {
                 let no_huge = std::env::var_os("SPDK_TEST_NO_HUGE").is_some();
-                let mut runtime =
-                    Runtime::start(&Options { no_huge, no_pci: true, ..Options::default() }).unwrap();
+                let no_pci = std::env::var_os("SPDK_TEST_DEVICES").is_none();
+                // No host has a device there, so none is touched.
+                let pci_allowed = if no_pci { Vec::new() } else { vec!["ffff:ff:1f.7".into()] };
+                let options = Options { no_huge, no_pci, pci_allowed, ..Options::default() };
+                let mut runtime = Runtime::start(&options).unwrap();
                 let mut port = Port::open().unwrap();
                 runtime.init().unwrap();
                 started.send(()).unwrap();

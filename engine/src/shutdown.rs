@@ -118,6 +118,7 @@ impl App {
         }
         tracing::warn!("giving up requests in flight");
         self.shutdown.phase = Phase::Aborted;
+        self.subsystems.iter().for_each(|subsystem| subsystem.giving_up());
         if let Some(subsystem) = self.shutdown.current.clone() {
             subsystem.abort(self, cx);
         }

@@ -99,8 +99,8 @@ pub trait Subsystem {
     /// Adds to the row of `bdev_get_bdevs` for a bdev that it made, or changes what it knows better.
     fn describe_bdev(&self, _bdev: &BdevStatus, _row: &mut Value) {}
 
-    /// A call of `method` about `bdev`, or about all (`None`), which the library below it has to carry out. Gives the responder
-    /// back if that is not so.
+    /// A call of `method` about `bdev`, or about all (`None`), which the library below it has to carry out. `params` is null if
+    /// the method has none. Gives the responder back if that is not so.
     fn call_about(
         &self,
         _app: &mut App,
@@ -121,6 +121,9 @@ pub trait Subsystem {
     /// Ends it in order: nothing new is taken on, what is in flight is finished and answered. Completes `done` then,
     /// at once or later. Called only after [`initialise`](Self::initialise).
     fn shutdown(&self, app: &mut App, cx: &mut Turn<'_>, done: ShutdownDone);
+
+    /// The program gives up waiting for requests in flight. Every subsystem hears of it, before the first is aborted.
+    fn giving_up(&self) {}
 
     /// Gives up what [`shutdown`](Self::shutdown) waits for, which then comes to its end.
     fn abort(&self, _app: &mut App, _cx: &mut Turn<'_>) {}

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use spdk_sys as sys;
 
 use super::disk::Desc;
-use super::local::Local;
+use super::local::{self, Local};
 use super::memory::Bounce;
 use super::slot::{self, Slot};
 use crate::device::Channel;
@@ -22,8 +22,8 @@ const LAYERS: usize = 32;
 pub(super) const DEPTH: usize = 1024;
 /// Slots are made in pieces of this, so that they stay where they are.
 const PIECE: usize = 64;
-/// How long a channel that is dropped waits for requests that were not taken back. Users drop channels with none in flight,
-/// except at an end of the program that has waited for them in vain.
+/// How long a channel that is dropped waits for requests that SPDK does not take back, when the program gives up waiting for
+/// them (`give_up_soon`).
 const LAST_WAIT: Duration = Duration::from_secs(2);
 /// Bytes of bounce buffers that are kept for the next requests: DPDK clears what it gets back.
 const KEPT: usize = 16 << 20;
@@ -186,7 +186,8 @@ impl Inner {
         }
     }
 
-    /// Waits until nothing is in flight, for a limited time. False: SPDK holds on to something.
+    /// Waits until nothing is in flight; for a limited time if the program gives up. False: SPDK holds on to something. Users
+    /// drop channels with none in flight, except at the end of the program.
     #[cold]
     fn settle(&self) -> bool {
         if self.local.has_given_up() {
@@ -195,7 +196,7 @@ impl Inner {
         self.abort_all();
         let until = Instant::now() + LAST_WAIT;
         while self.inflight.get() > 0 || self.aborts.get() > 0 {
-            if Instant::now() >= until {
+            if local::gives_up() && Instant::now() >= until {
                 return false;
             }
             self.poll();

@@ -3,7 +3,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use spdk_sys as sys;
@@ -19,6 +19,9 @@ static BUSY: AtomicUsize = AtomicUsize::new(0);
 
 /// Least time between two looks at an idle SPDK.
 const SOONEST: Duration = Duration::from_millis(1);
+
+/// The program gives up what it waits for: see [`give_up_soon`].
+static GIVE_UP: AtomicBool = AtomicBool::new(false);
 
 /// `Local`s that live. The environment must not end before them.
 static LIVE: AtomicUsize = AtomicUsize::new(0);
@@ -263,6 +266,18 @@ pub fn adopt(thread: Foreign) {
         Ok(local) => local.adopt(thread),
         Err(_) => runtime::new_thread(thread),
     }
+}
+
+/// The program is ending, and has waited for requests in flight in vain: channels that are dropped wait for two seconds, and
+/// then give up what SPDK does not end. (Before, and in programs that never say so, they wait for as long as it takes: a thread
+/// that gave up cannot use SPDK any more.)
+pub fn give_up_soon() {
+    GIVE_UP.store(true, Ordering::Release);
+}
+
+/// [`give_up_soon`] was called.
+pub(super) fn gives_up() -> bool {
+    GIVE_UP.load(Ordering::Acquire)
 }
 
 /// The calling thread is done with SPDK: its channels are gone, and it will make no more. Before [`super::Runtime::stop`]; a

@@ -27,7 +27,7 @@ mod slot;
 
 pub use disk::{Details, SpdkBdev, bdevs, name_of, offer};
 pub use env::{Options, StartError};
-pub use local::{Foreign, adopt, leave, next_wake, poll_idle};
+pub use local::{Foreign, adopt, give_up_soon, leave, next_wake, poll_idle};
 pub use log::recent_errors;
 pub use memory::provider;
 pub use port::{MAX_REQUEST, MAX_VALUES, Port, States, states_of};

@@ -172,6 +172,10 @@ impl Subsystem for Spdk {
         }
     }
 
+    fn giving_up(&self) {
+        bdev::spdk::give_up_soon();
+    }
+
     fn abort(&self, app: &mut App, _: &mut Turn<'_>) {
         if let Some(state) = app.state::<State>() {
             state.borrow_mut().abort();
