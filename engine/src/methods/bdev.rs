@@ -17,7 +17,7 @@ pub(super) fn register(t: &mut MethodTable<App>) {
     t.method::<Examine>("bdev_examine", States::RUNTIME, |app, p, r| examine(app, &p, r));
     // No module of this program looks for something on a new bdev (partitions, volumes); those of a library may.
     t.method_without_params("bdev_wait_for_examine", States::RUNTIME, |app, r| {
-        if let Some(r) = app.call_about("bdev_wait_for_examine", &json!({}), None, r) {
+        if let Some(r) = app.call_about("bdev_wait_for_examine", &Value::Null, None, r) {
             r.ok(true);
         }
     });

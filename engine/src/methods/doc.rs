@@ -36,7 +36,11 @@ const TEXTS: &[MethodText] = &[
         "Spoils the next `num` requests of a kind; `io_type` clear ends all injections.",
     ),
     ("bdev_error_resume_pending", "true", "Lets the requests go on that an injection of `pending` holds."),
-    ("bdev_examine", "true", "Accepted for SPDK's scripts; there is nothing to find on a bdev here."),
+    (
+        "bdev_examine",
+        "true",
+        "Accepted for SPDK's scripts; there is nothing to find on a bdev here. On one of SPDK (docs/spdk.md), its modules look.",
+    ),
     (
         "bdev_get_bdevs",
         "[bdev]",
@@ -69,11 +73,19 @@ const TEXTS: &[MethodText] = &[
     ("bdev_reset_iostat", "true", "Resets the counters of a bdev, or of all."),
     ("bdev_set_options", "true", "Accepted for SPDK's configurations; without effect."),
     ("bdev_set_qd_sampling_period", "true", "Only 0 (off): queue depths are not sampled."),
-    ("bdev_set_qos_limit", "true", "Only 0 (unlimited): rate limits are not implemented."),
+    (
+        "bdev_set_qos_limit",
+        "true",
+        "Only 0 (unlimited): rate limits are not implemented, but for bdevs of SPDK (docs/spdk.md).",
+    ),
     ("bdev_uring_create", "name", "A bdev on a file or block device through io_uring."),
     ("bdev_uring_delete", "true", "Removes it; answers when its file is closed."),
     ("bdev_uring_rescan", "true", "Asks the file or device for its size and tells those who use the bdev."),
-    ("bdev_wait_for_examine", "true", "Ends the bdev part of a configuration."),
+    (
+        "bdev_wait_for_examine",
+        "true",
+        "Ends the bdev part of a configuration. With SPDK, answers when its modules have looked at all of its bdevs.",
+    ),
     (
         "framework_get_config",
         "[{method, params}]",

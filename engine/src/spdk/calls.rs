@@ -112,7 +112,10 @@ impl Calls {
                 self.lost(&e, &mut answers);
             }
         }
-        let found = |(id, answer)| self.waiting.remove(&id).map(|call| Answered { id, call, answer });
+        let found = |(id, answer): (u64, Answer)| {
+            let call = self.waiting.remove(&id)?;
+            Some(Answered { id, call, answer: answer.map_err(explained) })
+        };
         answers.into_iter().filter_map(found).collect()
     }
 
@@ -147,6 +150,17 @@ impl Answered {
 
 /// How long SPDK works without pause for a call.
 const WORK: Duration = Duration::from_secs(60);
+
+/// SPDK does not say in its answer which parameter it did not understand.
+fn explained(error: RpcError) -> RpcError {
+    if !error.message.contains("decode_object") {
+        return error;
+    }
+    let (version, said) = (bdev::spdk::version(), bdev::spdk::recent_errors());
+    error.hint(format!(
+        "SPDK {version} does not take these parameters ({said}); its client of the same release sends what it takes"
+    ))
+}
 
 /// "Argument list too long".
 const E2BIG: i32 = 7;
