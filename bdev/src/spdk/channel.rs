@@ -206,6 +206,12 @@ impl Inner {
 
     /// Asks SPDK to take every request back, where the bdev can do that: those that wait for a lost controller end so.
     fn abort_all(&self) {
+        // These SPDK does not have.
+        for _ in 0..self.refused.borrow().len() {
+            let Some(slot) = self.refused.borrow_mut().pop_front() else { break };
+            // SAFETY: a slot of this channel, which live as long.
+            self.completed(unsafe { &*slot }, Status::Aborted);
+        }
         // SAFETY: descriptor and channel stay until the last abort has been answered (`settle`), or for ever.
         let abort = |slot: &Slot| unsafe {
             let slot = std::ptr::from_ref(slot).cast_mut().cast();

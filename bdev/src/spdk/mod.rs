@@ -30,7 +30,7 @@ pub use env::{Options, StartError};
 pub use local::{Foreign, adopt, give_up_soon, leave, next_wake, poll_idle};
 pub use log::recent_errors;
 pub use memory::provider;
-pub use port::{MAX_REQUEST, MAX_VALUES, Port, States, states_of};
+pub use port::{Limits, Port, States, limits, states_of};
 pub use runtime::{Change, Examination, Init, Runtime, running};
 
 /// The version of SPDK that this program was built with: "v26.05".

@@ -27,13 +27,22 @@ pub fn states_of(name: &str) -> Option<States> {
     (rc == 0).then(|| States { startup: has(sys::SPDK_RPC_STARTUP), runtime: has(sys::SPDK_RPC_RUNTIME) })
 }
 
-/// Bytes of the longest request that SPDK takes: more do not fit into its buffer (`SPDK_JSONRPC_RECV_BUF_SIZE`), and it closes
-/// the connection.
-pub const MAX_REQUEST: usize = (256 << 10) - 1;
+/// The largest request that SPDK takes. With more it closes the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Bytes: more do not fit into its buffer (`SPDK_JSONRPC_RECV_BUF_SIZE`).
+    pub bytes: usize,
+    /// Numbers, texts, names, and both ends of lists (`SPDK_JSONRPC_MAX_VALUES`).
+    pub values: usize,
+}
 
-/// Values of the largest request that SPDK takes: numbers, texts, names, and both ends of lists (`SPDK_JSONRPC_MAX_VALUES`).
-/// With more it closes the connection.
-pub const MAX_VALUES: usize = 8192;
+/// Of the SPDK that is linked. Source: its `lib/jsonrpc/jsonrpc_internal.h`, which is not installed; v26.05 raised them.
+pub fn limits() -> Limits {
+    match (sys::SPDK_VERSION_MAJOR, sys::SPDK_VERSION_MINOR) >= (26, 5) {
+        true => Limits { bytes: (256 << 10) - 1, values: 8192 },
+        false => Limits { bytes: (32 << 10) - 1, values: 1024 },
+    }
+}
 
 /// A JSON-RPC server of SPDK with one client, this program. What is called here runs on the calling thread, so all but
 /// `rpc_get_methods` and `spdk_get_version` need the thread of the [`Runtime`](super::Runtime).
@@ -82,7 +91,7 @@ impl Port {
         Ok(Self { server, stream: stream?, unsent: Vec::new() })
     }
 
-    /// Sends a request, whole or in the next turns. One that SPDK does not take ([`MAX_REQUEST`], [`MAX_VALUES`]) costs the
+    /// Sends a request, whole or in the next turns. One that SPDK does not take ([`limits`]) costs the
     /// connection, and with it the answers to all others.
     pub fn send(&mut self, request: &[u8]) {
         self.unsent.extend_from_slice(request);

@@ -105,7 +105,7 @@ impl Bdevs {
         let now = Instant::now();
         let over =
             |known: &Option<(Examination, Instant)>| known.as_ref().filter(|(e, _)| e.over()).map(|e| e.1);
-        // Those of before it began.
+        // Those of before it began. One that hangs stays: each has a poller in SPDK until it is over.
         let examined = over(&self.examination);
         if examined.is_some() || self.examination.is_none() {
             self.examination = Some((runtime.examination(), now));
@@ -126,9 +126,6 @@ impl Bdevs {
                 Some(known) => drop(self.known.insert(name, known)),
                 None => drop(self.known.remove(&name)),
             }
-        }
-        if !self.busy() {
-            self.examination = None;
         }
     }
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use bdev::spdk::{MAX_REQUEST, MAX_VALUES, Port};
+use bdev::spdk::Port;
 use rpc::{Responder, RpcError};
 use serde_json::{Value, json};
 
@@ -76,12 +76,14 @@ impl Calls {
     }
 
     fn post(&mut self, method: &str, request: &Value) -> Result<(), RpcError> {
-        let text = request.to_string();
-        if text.len() > MAX_REQUEST || values(request) > MAX_VALUES {
-            let (bytes, parts) = (text.len(), values(request));
+        let (text, limits) = (request.to_string(), bdev::spdk::limits());
+        if text.len() > limits.bytes || values(request) > limits.values {
             let text = format!(
-                "{method}: the request has {bytes} bytes and {parts} values; SPDK takes {MAX_REQUEST} bytes and \
-                 {MAX_VALUES} values: make several calls of it"
+                "{method}: the request has {} bytes and {} values; SPDK takes {} bytes and {} values: make several calls of it",
+                text.len(),
+                values(request),
+                limits.bytes,
+                limits.values
             );
             return Err(RpcError::errno(E2BIG, text));
         }
@@ -279,8 +281,9 @@ mod tests {
         assert_eq!((answered.id, answered.answer.is_err()), (lost, true));
         assert!(calls.waiting.is_empty() && calls.turn().is_empty());
 
-        let long = Value::from("x".repeat(MAX_REQUEST));
-        let many = Value::from(vec![0; MAX_VALUES]);
+        let limits = bdev::spdk::limits();
+        let long = Value::from("x".repeat(limits.bytes));
+        let many = Value::from(vec![0; limits.values]);
         for params in [&long, &many] {
             calls.send("rpc_get_methods", Some(params), Caller::Own);
         }

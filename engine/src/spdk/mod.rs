@@ -250,8 +250,8 @@ fn native_base(app: &App, params: Option<&Value>) -> Option<(String, String)> {
         let ours = found.is_some_and(|bdev| !(&*bdev as &dyn Any).is::<SpdkBdev>());
         ours && bdev::spdk::name_of(name).is_none()
     };
-    // base_bdev, base_bdevs, base_bdev_name, base_name, bdev_name, bdev.
-    let is_base = |key: &str| key.starts_with("base_") || key.starts_with("bdev");
+    // base_bdev, base_bdevs, base_bdev_name, base_name, bdev_name, core_bdev_name, …
+    let is_base = |key: &str| key.starts_with("base_") || key.contains("bdev");
     params?.as_object()?.iter().filter(|(key, _)| is_base(key)).find_map(|(key, value)| {
         let names: Vec<&str> = match value {
             Value::Array(list) => list.iter().filter_map(Value::as_str).collect(),
