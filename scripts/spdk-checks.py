@@ -367,6 +367,10 @@ def a_namespace_over_fabrics():
         target.wait("the second namespace", lambda: "Nvme0n2" in target.names())
         assert target.call("bdev_nvme_detach_controller", name="Nvme0") is True
         target.wait("it is gone", lambda: target.names() == [])
+        # Of two that it brings, one has a name that is taken here: the other can be used.
+        target.call("bdev_malloc_create", name="Nvme0n2", num_blocks=2048, block_size=512)
+        assert target.call("bdev_nvme_attach_controller", **attach) == ["Nvme0n1"]
+        assert "Nvme0n1" in target.names() and "SPDK made its bdev Nvme0n2, which is not offered" in target.log()
         target.end()
 
 

@@ -1,5 +1,6 @@
 //! Memory that devices can reach: data regions come out of SPDK's hugepages, so that an RDMA chunk is read and written by
-//! NVMe without a copy.
+//! NVMe without a copy. Other memory, a guest's among it, is never registered with SPDK (`spdk_mem_register` pins it): its owner
+//! may give it back, or cut it off, at any time. Its data are copied.
 
 use std::ptr::NonNull;
 use std::sync::Arc;
