@@ -287,7 +287,7 @@ fn nothing_to_do(rpc_socket: PathBuf) -> OnReady {
 }
 
 /// Subsystems of SPDK that a configuration of its may name, though nothing here is called so.
-const SPDK_SUBSYSTEMS: [&str; 14] = [
+const SPDK_SUBSYSTEMS: [&str; 16] = [
     "accel",
     "fsdev",
     "iobuf",
@@ -297,7 +297,9 @@ const SPDK_SUBSYSTEMS: [&str; 14] = [
     "scheduler",
     "scsi",
     "sock",
+    "vfio_user_target",
     "vfu_tgt",
+    "vhost_blk",
     "vhost_scsi",
     "vhost_user",
     "vmd",
