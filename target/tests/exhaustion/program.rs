@@ -35,7 +35,7 @@ impl Program {
     pub fn start(options: &Value) -> Self {
         let network = test_support::network();
         let ip = IpAddr::from(test_support::address(network, 1));
-        let dir = Dir::new("strangers");
+        let dir = Dir::new("exhaustion");
         let config = json!({"subsystems": [
             {"subsystem": "bdev", "config": [
                 {"method": "bdev_malloc_create", "params": {"name": "m0", "num_blocks": 131072, "block_size": 512}}]},

@@ -1,4 +1,4 @@
-//! Strangers on the RDMA port of a real program over soft-roce: while they do their worst, a client that was there
+//! Strangers use up what a real program has to give, over soft-roce: while they do their worst, a client that was there
 //! before works on, a new one gets in, and afterwards the program is as it was before.
 
 #[path = "../../../soft-roce/tests/raw/mod.rs"]
