@@ -1,6 +1,6 @@
 //! The target's name space: exports, bdevs with aliases, files below the search path, and clients that ask for anything.
 //! A file lies below the search path and is what it says; a bdev that has an export is had by that only, whatever it
-//! is called; the same question has the same answer, also with more slashes.
+//! is called, and one without only where bdevs are offered; the same question has the same answer, also with more slashes.
 #![no_main]
 
 use std::net::IpAddr;
@@ -10,7 +10,7 @@ use std::sync::LazyLock;
 use libfuzzer_sys::fuzz_target;
 use rnbd_proto::open::{SearchPath, device_name};
 use rnbd_proto::wire::MsgOpen;
-use rnbd_target::rnbd::{Allow, Export, Exports, Found};
+use rnbd_target::rnbd::{Allow, Asking, By, Export, Exports, File, Found};
 use rtrs_proto::handshake::parse_info_req;
 use zerocopy::FromBytes;
 
@@ -140,25 +140,28 @@ fn is_allowed(export: &Export, session: &str, peer: IpAddr) -> bool {
     export.allow.is_empty() || export.allow.iter().any(matches)
 }
 
-fn check_bdev(exports: &Exports, name: &str, read_only: bool, session: &str, peer: IpAddr) {
+fn check_bdev(exports: &Exports, name: &str, read_only: bool, by: &By, session: &str, peer: IpAddr) {
     let own = own_name(name).unwrap_or_else(|| name.to_owned());
     let same = |e: &&Export| own_name(&e.bdev_name).as_deref().unwrap_or(&e.bdev_name) == own;
     let mut about = exports.list().iter().filter(same).peekable();
     if about.peek().is_none() {
-        return assert!(!read_only && own_name(name).is_some(), "neither exported nor there");
+        assert!(!read_only && own_name(name).is_some(), "neither exported nor there");
+        return assert!(*by == By::Name && exports.offers_bdevs(&own_name), "not offered");
     }
+    let By::Export { allow, .. } = by else { panic!("past its exports") };
+    assert!(about.clone().any(|e| e.allow == **allow));
     assert!(about.any(|e| e.read_only == read_only && is_allowed(e, session, peer)), "past its exports");
 }
 
-fn check_file(exports: &Exports, path: &Path, session: &str) {
-    assert!(exports.open_files);
+fn check_file(exports: &Exports, File { path, read_only, .. }: &File, session: &str) {
+    assert!(exports.open_files && *read_only == exports.open_files_read_only);
     let base = Path::new(&exports.search_path.prefix(session)).canonicalize().unwrap();
     // The search path itself may be a link, which leads to the folder of the tree at most.
     assert!(
         path.starts_with(&base) && TREE.parent().is_some_and(|all| path.starts_with(all)),
         "leaves the search path"
     );
-    assert!(path.canonicalize().unwrap() == path && path.is_file() && path.to_str().is_some());
+    assert!(path.canonicalize().unwrap() == *path && path.is_file() && path.to_str().is_some());
 }
 
 /// What a session may be called.
@@ -182,6 +185,8 @@ fuzz_target!(|input: &[u8]| {
     let bits = input.byte();
     let mut exports = Exports::default();
     exports.open_files = bits & 1 != 0;
+    exports.offer_bdevs = (bits & 128 == 0).then_some(true);
+    exports.open_files_read_only = bits & 128 == 0;
     // Files are looked for in the tree only.
     let search = match bits >> 1 & 3 {
         _ if exports.open_files => format!("{}/{}", TREE.display(), input.text().replace("..", "")),
@@ -219,13 +224,15 @@ fuzz_target!(|input: &[u8]| {
             continue;
         };
         let peer = input.addr();
-        let ask =
-            |name: &str| exports.resolve(&session, peer, name, own_name).map_err(|refused| refused.errno);
+        let asking = Asking { session: &session, peers: &[peer] };
+        let ask = |name: &str| exports.resolve(&own_name, asking, name).map_err(|refused| refused.errno);
         let found = ask(&name);
         assert_eq!(ask(&name), found);
         match &found {
-            Ok(Found::Bdev { name, read_only }) => check_bdev(&exports, name, *read_only, &session, peer),
-            Ok(Found::File(path)) => check_file(&exports, path, &session),
+            Ok(Found::Bdev { name, read_only, by }) => {
+                check_bdev(&exports, name, *read_only, by, &session, peer);
+            }
+            Ok(Found::File(file)) => check_file(&exports, file, &session),
             Err(errno) => assert!(errno.get() > 0),
         }
         assert!(found.is_err() || !name.contains(".."));
