@@ -83,13 +83,16 @@ pub fn main(program: &str, options: Result<Options, String>) -> ExitCode {
 /// As [`main`], and runs `ended` after an end in order.
 pub fn main_with(program: &str, options: Result<Options, String>, ended: impl FnOnce()) -> ExitCode {
     raise_limits();
-    match options.and_then(|o| app::run(o, |_| {}).map_err(|e| e.to_string())) {
+    let log = options.as_ref().map_or_else(|_| LogControl::detached(), |options| options.log.clone());
+    let outcome = options.and_then(|o| app::run(o, |_| {}).map_err(|e| e.to_string()));
+    log.flush();
+    match outcome {
         Ok(()) => {
             ended();
             ExitCode::SUCCESS
         }
         Err(message) => {
-            eprintln!("{program}: {message}");
+            log.last_words(&format!("{program}: {message}"));
             ExitCode::FAILURE
         }
     }

@@ -10,9 +10,11 @@ fn main() -> std::process::ExitCode {
         direct = mapping;
         options
     });
-    engine::args::main_with(program::PROGRAM, options, || {
+    let code = engine::args::main_with(program::PROGRAM, options, || {
         if let Some(direct) = direct {
             direct.ended();
         }
-    })
+    });
+    direct::all_said();
+    code
 }

@@ -12,7 +12,6 @@
 pub mod client;
 mod cqs;
 mod lane;
-mod limit;
 mod options;
 mod path;
 mod provider;
@@ -21,7 +20,6 @@ mod session;
 mod upper;
 
 pub use lane::{Io, Lane};
-pub use limit::LogLimit;
 pub use options::Options;
 pub use path::{MemoryError, Path, PathStats};
 pub use provider::{Choice, Provider, owns_no_device};

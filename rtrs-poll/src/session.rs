@@ -1,6 +1,6 @@
 //! What the paths of one session share across reactors.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
@@ -20,7 +20,7 @@ pub struct Session {
     pub key: u32,
     /// The client's uuid (`paths_uuid`).
     pub uuid: Uuid,
-    name: OnceLock<String>,
+    name: OnceLock<(String, SocketAddr)>,
     opened: AtomicBool,
     /// Of its paths that came up and are not closed yet: tag, client's address. Control threads only.
     peers: Mutex<Vec<(u32, IpAddr)>>,
@@ -37,7 +37,7 @@ impl Session {
 
     /// Session name, as the first path's INFO_REQ gave it; empty before.
     pub fn name(&self) -> &str {
-        self.name.get().map_or("", String::as_str)
+        self.name.get().map_or("", |(name, _)| name)
     }
 
     /// The addresses that its paths come from.
@@ -59,8 +59,13 @@ impl Session {
         self.lock_peers().retain(|(t, _)| *t != tag);
     }
 
-    pub(crate) fn set_name(&self, name: &str) {
-        let _ = self.name.set(name.into());
+    /// The client's address on that path, for the log; `None` before.
+    pub fn peer(&self) -> Option<SocketAddr> {
+        self.name.get().map(|(_, peer)| *peer)
+    }
+
+    pub(crate) fn set_name(&self, name: &str, peer: SocketAddr) {
+        let _ = self.name.set((name.into(), peer));
     }
 
     /// The client has got something that not everybody gets, a device: from now on the server knows it, and keeps places

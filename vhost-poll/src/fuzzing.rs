@@ -76,6 +76,7 @@ impl Bench {
         inflight: InflightArea,
     ) -> Result<Self, Broken> {
         let setup = QueueSetup {
+            controller: "bench".into(),
             index,
             ring,
             memory,

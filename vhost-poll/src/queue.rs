@@ -43,6 +43,8 @@ struct Pacing {
 /// What the control thread knows of a queue when it starts.
 #[derive(Debug)]
 pub(crate) struct QueueSetup {
+    /// The controller's name, for the log.
+    pub(crate) controller: Arc<str>,
     pub(crate) index: u16,
     pub(crate) ring: RingConfig,
     pub(crate) memory: Memory,
@@ -114,6 +116,7 @@ impl Scratch {
 /// A started queue, on its reactor.
 #[derive(Debug)]
 pub(crate) struct Queue {
+    controller: Arc<str>,
     index: u16,
     config: RingConfig,
     ring: Ring,
@@ -168,9 +171,16 @@ impl Queue {
             }
         }
         if !replay.is_empty() {
-            tracing::info!(queue = setup.index, requests = replay.len(), "repeating requests in flight");
+            let controller = &*setup.controller;
+            tracing::info!(
+                controller,
+                queue = setup.index,
+                requests = replay.len(),
+                "repeating requests in flight"
+            );
         }
         let mut queue = Self {
+            controller: setup.controller,
             index: setup.index,
             config,
             ring,
@@ -230,6 +240,7 @@ impl Queue {
             Ok(ring) => (self.ring, self.homeless) = (ring, false),
             Err(why @ Broken::Ring(_)) => {
                 tracing::info!(
+                    controller = &*self.controller,
                     queue = self.index,
                     "vhost: {why} any more: the queue waits until it is there again"
                 );
@@ -587,7 +598,8 @@ impl Queue {
     /// Stops for good: the guest's driver broke the rules of the ring.
     #[cold]
     fn fail(&mut self, why: Broken) {
-        tracing::warn!(queue = self.index, "vhost: the ring is stopped until its driver resets it: {why}");
+        let (controller, queue) = (&*self.controller, self.index);
+        tracing::warn!(controller, queue, "vhost: the ring is stopped until its driver resets it: {why}");
         self.broken = Some(why);
         self.replay.clear();
         if let Some(err) = &self.err {

@@ -157,7 +157,10 @@ impl UringChannel {
             Op::Reset => Status::Ok,
             _ if result < 0 => self.failed(index, Errno::from_raw_os_error(-result))?,
             Op::Read | Op::Write if result == 0 => {
-                tracing::warn!(path = self.backing.path, "I/O behind the end: the file has shrunk");
+                if self.warnings < MAX_WARNINGS {
+                    self.warnings += 1;
+                    tracing::warn!(path = self.backing.path, "I/O behind the end: the file has shrunk");
+                }
                 Status::IoError
             }
             Op::Read | Op::Write => {

@@ -22,7 +22,6 @@ mod export;
 mod fence;
 mod guarded;
 mod lane;
-mod limit;
 mod methods;
 mod pace;
 mod question;

@@ -24,11 +24,9 @@ use super::error::ServerError;
 use super::export::{Export, Exports};
 use super::fence::Fence;
 use super::lane::Lane;
-use super::limit::LogLimit;
 use super::ranges::RangeLock;
 
 /// Refused and broken handshakes that are logged, per second.
-const LOGGED_FAILURES: u32 = 10;
 
 /// Limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,7 +122,6 @@ pub(super) struct Server {
     stopping: bool,
     /// The program is there for one client.
     single: bool,
-    failures: LogLimit,
     events: Vec<Event>,
 }
 
@@ -156,7 +153,6 @@ impl Server {
             next_id: 1,
             stopping: false,
             single: false,
-            failures: LogLimit::new(LOGGED_FAILURES),
             events: Vec::new(),
         }
     }

@@ -6,12 +6,12 @@
 
 mod export;
 mod nbd;
+mod say;
 mod spec;
 mod watch;
 mod words;
 
 use std::cell::RefCell;
-use std::io::Write;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -22,9 +22,11 @@ use rpc::RpcError;
 use serde_json::Value;
 
 pub use export::Export;
+pub use say::all_said;
 pub use spec::Spec;
 
 use nbd::NbdWatch;
+use say::say;
 use watch::Watch;
 
 /// What was asked for.
@@ -38,11 +40,6 @@ pub struct Direct {
 
 /// How often the state of the connection is looked at.
 const LOOK: Duration = Duration::from_millis(200);
-
-/// A line for the user. Nobody may be reading any more, which is no reason to stop serving.
-fn say(line: &str) {
-    let _ = writeln!(std::io::stdout(), "{line}");
-}
 
 /// The device is in use, and the program goes on though it was asked to end.
 pub fn refused(users: &[String]) {

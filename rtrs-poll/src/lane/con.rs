@@ -205,7 +205,9 @@ impl Con {
         let bound = path.with_window(id, |window, mr, offset, len| {
             qp.bind_window(window, mr, offset, if open { len } else { 0 })
         })?;
-        let key = bound.inspect_err(|error| tracing::warn!(%error, id, "a key could not be changed")).ok()?;
+        let key = bound
+            .inspect_err(|error| tracing::warn!(peer = %path.peer, %error, id, "a key could not be changed"))
+            .ok()?;
         self.sq_free = self.sq_free.saturating_sub(1);
         self.unsignaled += 1;
         Some(key)

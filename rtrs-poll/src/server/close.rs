@@ -24,10 +24,7 @@ impl<U: Upper> Server<U> {
         if std::mem::replace(&mut entry.closing, true) {
             return;
         }
-        // Whoever was not up may be anybody, who comes as often as he likes.
-        if entry.path.is_up() || self.refusals.allows(cx.now) {
-            tracing::info!(session = entry.path.session.name(), peer = %entry.path.peer, why, "closing path");
-        }
+        tracing::info!(session = entry.path.session.name(), peer = %entry.path.peer, why, "closing path");
         self.table.begin_close(entry.id);
         entry.path.set_closing();
         for con in entry.cons.iter().flatten() {

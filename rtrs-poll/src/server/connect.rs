@@ -39,18 +39,18 @@ impl<U: Upper> Server<U> {
         peer: SocketAddr,
     ) {
         if let Err((errno, why)) = self.judge_connection(cx, private, local.ip(), peer.ip()) {
-            return self.refuse(cx, cm, id, peer, errno, &why);
+            return self.refuse(cm, id, peer, errno, &why);
         }
         let admitted = match self.admit(cx, private, local.ip(), peer.ip()) {
             Ok(a) => a,
-            Err((errno, why)) => return self.refuse(cx, cm, id, peer, errno, &why),
+            Err((errno, why)) => return self.refuse(cm, id, peer, errno, &why),
         };
         self.make_room(cx, &admitted.evicted);
         let result = self
             .path_of(cx, cm, id, private, &admitted, local, peer)
             .and_then(|tag| self.create_con(cx, cm, id, ack_delay, tag, admitted.cid));
         if let Err(why) = result {
-            self.refuse(cx, cm, id, peer, Errno::ENOMEM, &why);
+            self.refuse(cm, id, peer, Errno::ENOMEM, &why);
             match self.tags.get(&admitted.path).copied() {
                 Some(tag) => self.close_path(cx, tag, "a connection could not be set up"),
                 None => self.forget(&admitted),
@@ -98,10 +98,8 @@ impl<U: Upper> Server<U> {
         }
     }
 
-    fn refuse(&mut self, cx: &Turn<'_>, cm: usize, id: CmId, peer: SocketAddr, errno: Errno, why: &str) {
-        if self.refusals.allows(cx.now) {
-            tracing::warn!(%peer, %errno, why, "connection refused");
-        }
+    fn refuse(&mut self, cm: usize, id: CmId, peer: SocketAddr, errno: Errno, why: &str) {
+        tracing::warn!(%peer, %errno, why, "connection refused");
         if let Err(error) = self.cms[cm].reject(id, handshake::reject(errno).as_bytes()) {
             tracing::debug!(%peer, %error, "the reject could not be sent");
         }
@@ -294,7 +292,7 @@ impl<U: Upper> Server<U> {
             return self.close_path(cx, tag, &why.to_string());
         }
         let connections = self.paths.get(&tag).map_or(0, |entry| entry.cons.len());
-        path.session.set_name(&up.name);
+        path.session.set_name(&up.name, path.peer);
         path.session.arrived(tag, path.peer.ip());
         if up.first_of_session {
             let events = self.events.clone();

@@ -27,7 +27,6 @@ use verbs::{Cm, CmEvent, CmId, Device};
 
 use crate::cqs::{Cqs, Share};
 use crate::lane::{ConKey, Lane, Reports};
-use crate::limit::LogLimit;
 use crate::options::Options;
 use crate::path::Path;
 use crate::session::Session;
@@ -122,7 +121,6 @@ pub struct Server<U: Upper> {
     /// Run when the last path is gone.
     drained: Option<Done>,
     stopping: bool,
-    refusals: LogLimit,
     /// Bytes of queues that were freed and that the allocator may keep.
     freed: u64,
     /// INFO_REQs that wait for a session to end.
@@ -266,7 +264,6 @@ impl<U: Upper> Server<U> {
             epoch: cx.now,
             drained: None,
             stopping: false,
-            refusals: LogLimit::new(10),
             freed: 0,
             claims: Vec::new(),
             failed_cms: HashSet::new(),

@@ -150,8 +150,8 @@ impl Batch {
 fn refused(qps: &mut Qps, place: u16, errno: i32) {
     let error = std::io::Error::from_raw_os_error(errno);
     if let Some(entry) = qps.table.at(place) {
-        let peer = entry.link.as_ref().map(|link| link.peer);
-        tracing::error!(qpn = entry.qpn, ?peer, %error, "the system refuses a packet: connection broken");
+        let peer = entry.link.as_ref().map(|link| tracing::field::display(link.peer));
+        tracing::error!(qpn = entry.qpn, peer, %error, "the system refuses a packet: connection broken");
     }
     qps.fail(place);
 }

@@ -6,7 +6,6 @@ use std::net::IpAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
 
 use bdev::{Descriptor, Event, Manager, Mode, User};
 use reactor::{Handle, Turn};
@@ -16,7 +15,7 @@ use rnbd_proto::io::Data;
 use rnbd_proto::open::{AccessMode, AccessTable, device_name};
 use rnbd_proto::session::{DEFAULT_MAX_DEVICES, Device, DeviceId, Open, Session};
 use rnbd_proto::wire::{MsgClose, MsgOpen, MsgSessInfo, msg_type};
-use rtrs_poll::{Lane, LogLimit, SessionEvents, Verdict};
+use rtrs_poll::{Lane, SessionEvents, Verdict};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::bdevs::TableOfBdevs;
@@ -51,7 +50,6 @@ pub struct Control {
     access: AccessTable<String>,
     /// bdevs made for `open_files`, with their opens.
     file_bdevs: HashMap<String, usize>,
-    refusals: LogLimit,
     /// Of the device ids of the next session.
     generation: u16,
     /// OPENs that came while the configuration was carried out. A bdev may yet get an export, or a layer; `None`: it has
@@ -71,6 +69,8 @@ struct OpenDevice {
     bdev: String,
     read_only: bool,
     by: By,
+    /// Who opened it, for the log.
+    peer: IpAddr,
 }
 
 /// A device that a client has open, for listings.
@@ -123,7 +123,6 @@ impl Control {
             sessions: HashMap::new(),
             access: AccessTable::new(),
             file_bdevs: HashMap::new(),
-            refusals: LogLimit::new(10),
             generation: 0,
             early: Some(Vec::new()),
         }));
@@ -208,11 +207,7 @@ impl Control {
 
     fn open_new(&mut self, admin: &Admin, name: &str, mode: AccessMode) -> Result<DeviceId, Errno> {
         let session = admin.session.name();
-        let log = self.refusals.allows(Instant::now());
         let refused = |errno: Errno, why: String| {
-            if !log {
-                return errno;
-            }
             tracing::warn!(session, peer = %admin.peer, device_path = name, mode = mode_name(mode), %errno, why, "OPEN refused");
             errno
         };
@@ -276,7 +271,13 @@ impl Control {
         let device = Device {
             name: name.into(),
             mode,
-            data: OpenDevice { descriptor: descriptor.clone(), bdev: bdev.into(), read_only, by },
+            data: OpenDevice {
+                descriptor: descriptor.clone(),
+                bdev: bdev.into(),
+                read_only,
+                by,
+                peer: admin.peer,
+            },
         };
         let session =
             self.sessions.get_mut(&admin.session.key).ok_or((Errno::ENOTCONN, "session is gone".into()))?;
@@ -287,6 +288,7 @@ impl Control {
         }
         tracing::info!(
             session = admin.session.name(),
+            peer = %admin.peer,
             device_path = name,
             bdev,
             mode = mode_name(mode),
@@ -311,7 +313,7 @@ impl Control {
         let device = self.sessions.get(&session).and_then(|s| s.devices.device(id)).ok_or(Errno::ENOTCONN)?;
         let d = &device.data.descriptor;
         geometry(d.info(), d.blocks(), device.data.read_only).map_err(|bad| {
-            tracing::error!(bdev = device.data.bdev, %bad, "not a device that RNBD can carry");
+            tracing::error!(peer = %device.data.peer, bdev = device.data.bdev, %bad, "not a device that RNBD can carry");
             Errno::EINVAL
         })
     }
@@ -365,13 +367,13 @@ impl Control {
     }
 
     fn drop_device(&mut self, device: Device<OpenDevice>) {
-        let OpenDevice { descriptor, bdev, .. } = device.data;
+        let OpenDevice { descriptor, bdev, peer, .. } = device.data;
         drop(descriptor);
         if let Some(opens) = self.file_bdevs.get_mut(&bdev) {
             *opens -= 1;
         }
         self.forget_unused_file(&bdev);
-        tracing::info!(device_path = %device.name, bdev, "device closed");
+        tracing::info!(%peer, device_path = device.name, bdev, "device closed");
     }
 
     /// Looks a device path up, for a session with paths from `peers`.
@@ -513,7 +515,8 @@ impl SessionEvents for Control {
         }
         let Some(mut client) = self.sessions.remove(&session.key) else { return };
         let ids: Vec<DeviceId> = client.devices.devices().map(|(id, _)| id).collect();
-        tracing::info!(session = session.name(), devices = ids.len(), "session ended");
+        let peer = session.peer().map(tracing::field::display);
+        tracing::info!(session = session.name(), peer, devices = ids.len(), "session ended");
         for id in ids {
             let Some(device) = client.devices.remove(id) else { continue };
             self.shared.remove((session.key, id));

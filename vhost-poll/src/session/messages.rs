@@ -341,6 +341,7 @@ impl<D: Disk> Session<D> {
             ..vring.config
         };
         let setup = QueueSetup {
+            controller: self.shared.name.as_str().into(),
             index: index as u16,
             ring,
             memory: self.memory.clone(),

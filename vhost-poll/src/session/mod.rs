@@ -355,7 +355,8 @@ impl<D: Disk> Session<D> {
         match event {
             Event::Started => {}
             Event::Refused { index, why } => {
-                tracing::warn!(session = self.key.id, queue = index, "vhost: the queue cannot run: {why}");
+                let (controller, session) = (self.shared.name.as_str(), self.key.id);
+                tracing::warn!(controller, session, queue = index, "vhost: the queue cannot run: {why}");
                 if let Some(vring) = self.vrings.get_mut(usize::from(index)) {
                     vring.refused();
                 }
@@ -452,7 +453,8 @@ impl<D: Disk> Session<D> {
         let request = vhost::vhost_user::message::BackendReq::CONFIG_CHANGE_MSG.into();
         let header = crate::wire::Header::message(request, 0);
         if let Err(e) = crate::conn::send(std::os::fd::AsFd::as_fd(socket), &header, &[], None) {
-            tracing::warn!(session = self.key.id, "vhost: the guest was not told of its new size: {e}");
+            let (controller, session) = (self.shared.name.as_str(), self.key.id);
+            tracing::warn!(controller, session, "vhost: the guest was not told of its new size: {e}");
         }
     }
 }

@@ -44,21 +44,19 @@ impl Server {
             Event::Failed(peer, why @ HandshakeError::Closed) => {
                 tracing::debug!(%peer, %why, "NBD handshake");
             }
-            Event::Failed(who, why) => self.refused(cx, listener, &who, &why),
+            Event::Failed(who, why) => self.refused(listener, &who, &why),
             Event::Paused(why) => tracing::error!(%listener, %why, "cannot accept NBD clients for now"),
         }
     }
 
-    fn refused(&mut self, cx: &Turn<'_>, listener: &Address, who: &Identity, why: &HandshakeError) {
+    fn refused(&mut self, listener: &Address, who: &Identity, why: &HandshakeError) {
         match why {
             HandshakeError::Full => self.turned.away += 1,
             HandshakeError::TimedOut => self.turned.late += 1,
             HandshakeError::Displaced => self.turned.displaced += 1,
             _ => {}
         }
-        if self.failures.allows(cx.now) {
-            tracing::warn!(peer = %who, %listener, %why, "NBD client refused");
-        }
+        tracing::warn!(peer = %who, %listener, %why, "NBD client refused");
     }
 
     /// Gives a connection to the reactor with the fewest users.
@@ -71,7 +69,7 @@ impl Server {
         // Others may have come while it was choosing. A single client is not counted.
         let alone = (*listener == Address::Stdio).then_some(Entrance::Shared);
         let Some(entrance) = alone.or_else(|| self.entrance(&accepted.who.peer)) else {
-            return self.refused(cx, listener, &accepted.who, &HandshakeError::Full);
+            return self.refused(listener, &accepted.who, &HandshakeError::Full);
         };
         let source = accepted.who.peer.source();
         let export_name = name.clone();

@@ -6,16 +6,39 @@
 //! | WARN | a peer or caller was refused, or service is reduced |
 //! | INFO | life of paths, sessions, devices, bdevs: what an operator wants to find later (SPDK's NOTICE and INFO) |
 //! | DEBUG | single requests that failed, and details of set-up |
+//!
+//! **Logging never blocks.** A message is formatted where it is logged, and written by a thread of its own. While nobody reads
+//! standard error messages are lost; how many is logged once there is room again ([`LineQueue`]).
+//!
+//! **What others chose is escaped**, whatever logs it: a message is one line, and moves no cursor ([`escaped`]). **What a peer
+//! causes is limited**: such a message has a field `peer`, and there are only so many of a kind in a minute (`limit.rs`).
+
+mod escape;
+mod limit;
+mod queue;
 
 use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::io::IsTerminal;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
+use tracing_subscriber::field::MakeExt;
 use tracing_subscriber::filter::{LevelFilter, Targets};
-use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::format::{self, FormatFields, Writer};
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::prelude::*;
 use tracing_subscriber::{Registry, reload};
+
+pub use escape::{Escaping, escaped};
+pub use queue::LineQueue;
+
+use limit::Limiter;
+use queue::Chores;
+
+/// How long the end of the program waits for a slow reader of standard error or output.
+pub const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// SPDK's level names, from quiet to loud.
 pub const LEVELS: [&str; 6] = ["DISABLED", "ERROR", "WARNING", "NOTICE", "INFO", "DEBUG"];
@@ -31,6 +54,8 @@ pub struct LogControl {
     state: Arc<Mutex<State>>,
     timestamps: Arc<AtomicBool>,
     handle: Option<reload::Handle<Targets, Registry>>,
+    /// Of standard error.
+    queue: Option<LineQueue>,
 }
 
 /// What the filter is made from.
@@ -94,30 +119,64 @@ impl LogControl {
 
     fn new(level: String) -> Self {
         let state = Arc::new(Mutex::new(State { level, flags: BTreeMap::new() }));
-        let control = Self { state, timestamps: Arc::new(AtomicBool::new(true)), handle: None };
+        let timestamps = Arc::new(AtomicBool::new(true));
+        let control = Self { state, timestamps, handle: None, queue: None };
         control.add_flags(&FLAGS);
         control
     }
 
-    /// Installs the program's subscriber. `level`: one of [`LEVELS`], any case.
+    /// Installs the program's subscriber. `level`: one of [`LEVELS`], any case. To be called before any thread is pinned.
     ///
     /// # Errors
-    /// An unknown level.
+    /// An unknown level, or no thread.
     pub fn install(level: &str, format: Format) -> Result<Self, String> {
         let level = level.to_ascii_uppercase();
         filter(&level).ok_or_else(|| unknown(&level))?;
+        let (queue, writer) = LineQueue::new(std::io::stderr());
+        let limiter = Limiter::new(queue.clone());
+        writer
+            .start("log", Tell(limiter.clone()))
+            .map_err(|e| format!("cannot start a thread for the log: {e}"))?;
         let mut control = Self::new(level);
+        control.queue = Some(queue.clone());
         let (filter, handle) = reload::Layer::new(control.state().targets());
         control.handle = Some(handle);
-        let registry = tracing_subscriber::registry().with(filter);
+        let registry = tracing_subscriber::registry().with(filter).with(limiter);
         let clock = Clock(control.timestamps.clone());
-        let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_timer(clock);
-        let layer = layer.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
+        let json = format == Format::Json;
+        let layer = tracing_subscriber::fmt::layer().with_timer(clock);
+        let layer = layer.with_writer(move || Line { queue: queue.clone(), json });
+        let layer = layer.with_ansi(std::io::stderr().is_terminal());
         match format {
-            Format::Text => registry.with(layer.with_target(false)).init(),
+            Format::Text => registry.with(layer.with_target(false).fmt_fields(text_fields())).init(),
             Format::Json => registry.with(layer.json()).init(),
         }
+        control.flush_in_panics();
         Ok(control)
+    }
+
+    /// A panic may end the program: what was logged before comes out first, unless nobody reads it.
+    fn flush_in_panics(&self) {
+        let (log, print) = (self.clone(), std::panic::take_hook());
+        std::panic::set_hook(Box::new(move |info| {
+            if log.flush() {
+                print(info);
+            }
+        }));
+    }
+
+    /// Waits until everything is written that was logged before, for 2 s at most. False: it is not.
+    pub fn flush(&self) -> bool {
+        self.queue.as_ref().is_none_or(|queue| queue.flush(LAST_WORDS))
+    }
+
+    /// The last words of a program on standard error, behind its log.
+    pub fn last_words(&self, text: &str) {
+        match &self.queue {
+            Some(queue) => queue.push(format!("{}\n", escaped(text)).as_bytes()),
+            None => eprintln!("{}", escaped(text)),
+        }
+        self.flush();
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -186,6 +245,55 @@ impl LogControl {
             None => Ok(()),
         }
     }
+}
+
+/// What the log's thread does besides writing.
+struct Tell(Limiter);
+
+impl Chores for Tell {
+    fn run(&mut self, now: Instant, lost: u64, last: bool) -> Option<Instant> {
+        if lost > 0 {
+            tracing::error!("{lost} messages were dropped: standard error was read too slowly");
+        }
+        self.0.tell(now, last)
+    }
+}
+
+/// One event for the queue: the formatter writes it at once.
+struct Line {
+    queue: LineQueue,
+    json: bool,
+}
+
+impl std::io::Write for Line {
+    fn write(&mut self, line: &[u8]) -> std::io::Result<usize> {
+        // In text, fields and message are escaped one by one, since colours are not to be.
+        match std::str::from_utf8(line).map(|text| text.strip_suffix('\n')) {
+            Ok(Some(json)) if self.json => {
+                self.queue.push(format!("{}\n", escape::escaped_json(json)).as_bytes());
+            }
+            _ => self.queue.push(line),
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Message and fields as tracing writes them, every value escaped.
+fn text_fields() -> impl for<'w> FormatFields<'w> + Send + Sync + 'static {
+    let one = |writer: &mut Writer<'_>, field: &tracing::field::Field, value: &dyn std::fmt::Debug| {
+        let ansi = writer.has_ansi_escapes();
+        match (field.name(), ansi) {
+            ("message", _) => {}
+            (name, true) => write!(writer, "\x1b[3m{name}\x1b[0m\x1b[2m=\x1b[0m")?,
+            (name, false) => write!(writer, "{name}=")?,
+        }
+        write!(Escaping(writer), "{value:?}")
+    };
+    format::debug_fn(one).delimited(" ")
 }
 
 fn unknown(level: &str) -> String {
