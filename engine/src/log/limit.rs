@@ -1,6 +1,7 @@
 //! Keeps peers from filling the log: of each kind of message that names a peer, only so many in a minute.
 //!
-//! A message that a peer can cause has a field `peer`, or `controller` if that is a front end of vhost-user. Its kind is the place in the source that logs it. What is left out is
+//! A message that a peer can cause has a field `peer`, or `controller` if that is a front end of vhost-user, or `path` if that is
+//! a server or a disk. Its kind is the place in the source that logs it. What is left out is
 //! counted, and told when the minute is over. Messages at DEBUG are not limited: who asks for them wants them all.
 
 use std::collections::HashMap;
@@ -233,8 +234,8 @@ impl Visit for Seen {
     fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
         // Too long is cut.
         match field.name() {
-            // A front end is known by the controller whose socket it could open.
-            "peer" | "controller" => {
+            // A front end is known by the controller whose socket it could open, a server by the path to it, a disk by its file.
+            "peer" | "controller" | "path" => {
                 self.has_peer = true;
                 let _ = write!(self.peer, "{value:?}");
             }

@@ -258,15 +258,15 @@ impl RdmaCm {
         // librdmacm made this id for us; owned from here on, so that every way out destroys (and so rejects) it.
         let raw = Arc::new(Id { raw: event.id, channel: self.channel.clone() });
         let listener = *self.by_raw.get(&(event.listener as usize))?;
-        if let Err(error) = self.bind_device(&raw) {
-            tracing::warn!(%error, "connection request refused");
-            return None;
-        }
         let guard = self.channel.lock();
         // SAFETY: a live id under the lock.
         let (local, peer) = unsafe { addr::of_id(raw.raw) };
         drop(guard);
         let (local, peer) = (local?, peer?);
+        if let Err(error) = self.bind_device(&raw) {
+            tracing::warn!(%peer, %error, "connection request refused");
+            return None;
+        }
         let id = self.insert(raw, false, 0);
         Some(CmEvent::ConnectRequest { listener, id, private: event.private, local, peer })
     }
