@@ -27,10 +27,25 @@ pub enum ListenError {
         pid: Option<u32>,
     },
     /// There is something else at the path, and it is not removed.
-    #[error("{} exists and is not a socket; choose another path with -r", path.display())]
-    NotASocket {
+    #[error("{} exists and is not a {should}; choose another path with -r", path.display())]
+    NotA {
+        /// What it should be.
+        should: &'static str,
         /// The path.
         path: PathBuf,
+    },
+    /// The socket or its lock file is somebody else's: anybody can put files into a directory such as /var/tmp.
+    #[error(
+        "{} belongs to user {owner}, not to us (user {}); remove it, or choose another path with -r, best in a directory \
+         that only its user can write, such as /run/rnbd",
+        path.display(),
+        rustix::process::geteuid().as_raw()
+    )]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+        /// User ID of who has made it.
+        owner: u32,
     },
     /// A path of a Unix socket has at most 107 bytes (`unix(7)`).
     #[error("RPC socket path {} has {length} bytes; at most 107 are possible", path.display())]
@@ -116,10 +131,20 @@ fn remove_stale(path: &Path) -> Result<(), ListenError> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         Err(source) => return Err(ListenError::System { what: "look at", path: path.to_owned(), source }),
     };
+    check_owner(path, metadata.uid())?;
     if !metadata.file_type().is_socket() {
-        return Err(ListenError::NotASocket { path: path.to_owned() });
+        return Err(ListenError::NotA { should: "socket", path: path.to_owned() });
     }
     rustix::fs::unlink(path).map_err(system("remove the stale socket", path))
+}
+
+/// Root's files are as good as ours: a program that was started as root may have become another user.
+fn check_owner(path: &Path, owner: u32) -> Result<(), ListenError> {
+    match owner {
+        0 => Ok(()),
+        _ if owner == rustix::process::geteuid().as_raw() => Ok(()),
+        _ => Err(ListenError::Foreign { path: path.to_owned(), owner }),
+    }
 }
 
 fn listen(path: &Path) -> Result<OwnedFd, ListenError> {
@@ -157,9 +182,22 @@ impl LockFile {
         let path = PathBuf::from(name);
         loop {
             let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-            let fd = rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR)
-                .map_err(system("open the lock file", &path))?;
+            // A FIFO opens as well; a file of another user may not (fs.protected_regular), not even for root.
+            let fd = rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR).map_err(|errno| {
+                let owner = std::fs::symlink_metadata(&path).ok().map(|metadata| metadata.uid());
+                let foreign = owner.and_then(|owner| check_owner(&path, owner).err());
+                foreign.unwrap_or_else(|| system("open the lock file", &path)(errno))
+            })?;
             let mut file = File::from(fd);
+            let metadata = file.metadata().map_err(|source| ListenError::System {
+                what: "look at the lock file",
+                path: path.clone(),
+                source,
+            })?;
+            check_owner(&path, metadata.uid())?;
+            if !metadata.is_file() {
+                return Err(ListenError::NotA { should: "file", path });
+            }
             match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => {}
                 Err(Errno::WOULDBLOCK) => {

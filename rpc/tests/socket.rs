@@ -462,8 +462,49 @@ fn stale_files_are_replaced_but_other_files_are_not() {
 
     std::fs::write(&socket, "precious").unwrap();
     let error = Server::listen(&socket, Arc::new(table())).err().unwrap();
-    assert!(matches!(error, ListenError::NotASocket { .. }), "{error}");
+    assert!(matches!(error, ListenError::NotA { should: "socket", .. }), "{error}");
     assert_eq!(std::fs::read_to_string(&socket).unwrap(), "precious");
+}
+
+#[test]
+fn what_a_stranger_has_put_there_is_named_with_its_owner() {
+    const STRANGER: u32 = 65534;
+    let dir = Dir::new();
+    let (socket, lock) = (dir.socket(), dir.0.join("rpc.sock.lock"));
+    let refused = || Server::listen(&socket, Arc::new(table())).err().expect("it is refused");
+
+    // A link would have a file made or changed elsewhere.
+    let precious = dir.0.join("precious");
+    std::fs::write(&precious, "precious").unwrap();
+    std::os::unix::fs::symlink(&precious, &lock).unwrap();
+    let text = refused().to_string();
+    assert!(text.contains(lock.to_str().unwrap()), "{text}");
+    assert_eq!(std::fs::read_to_string(&precious).unwrap(), "precious");
+    std::fs::remove_file(&lock).unwrap();
+    // So would a directory be in the way.
+    std::fs::create_dir(&lock).unwrap();
+    let text = refused().to_string();
+    assert!(text.contains(lock.to_str().unwrap()), "{text}");
+    std::fs::remove_dir(&lock).unwrap();
+
+    if !rustix::process::geteuid().is_root() {
+        return println!("SKIPPED: files of another user need root");
+    }
+    for path in [&lock, &socket] {
+        if path == &socket {
+            drop(UnixListener::bind(path).unwrap());
+        } else {
+            std::fs::write(path, "1\n").unwrap();
+        }
+        std::os::unix::fs::chown(path, Some(STRANGER), None).unwrap();
+        let error = refused();
+        assert!(matches!(error, ListenError::Foreign { owner: STRANGER, .. }), "{error}");
+        let text = error.to_string();
+        assert!(text.contains(path.to_str().unwrap()) && text.contains("user 65534"), "{text}");
+        assert!(path.exists(), "somebody else's file is not removed");
+        std::fs::remove_file(path).unwrap();
+    }
+    drop(Server::listen(&socket, Arc::new(table())).unwrap());
 }
 
 #[test]

@@ -25,6 +25,7 @@ pub mod fuzzing;
 mod mailbox;
 mod memory;
 mod neighbours;
+mod places;
 mod port;
 mod progress;
 mod qp;
@@ -71,12 +72,15 @@ impl SoftRoce {
     /// Opens nothing yet: addresses are opened when they are listened on or resolved to.
     ///
     /// # Errors
-    /// Out of file descriptors or threads.
+    /// Out of file descriptors or threads, or no directory in which the programs of this user can find each other (`places.rs`).
     pub fn new(options: Options) -> Result<Self, Error> {
-        let host = Self::try_new(options).map_err(|source| Error {
-            what: "start software RoCE".into(),
-            source,
-            hint: "raise the limit of open files (ulimit -n)".into(),
+        let host = Self::try_new(options).map_err(|source| {
+            let hint = match source.raw_os_error() {
+                Some(libc::EMFILE | libc::ENFILE) => "raise the limit of open files (ulimit -n)",
+                Some(libc::ENOSPC) => "at most 128 programs of one user at a time",
+                _ => "",
+            };
+            Error { what: "start software RoCE".into(), source, hint: hint.into() }
         })?;
         Ok(Self(host))
     }

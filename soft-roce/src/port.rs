@@ -4,6 +4,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::time::Duration;
 
 use iobuf::Region;
 use roce_proto::{Counter, Counters, UDP_PORT, keys};
@@ -13,9 +14,9 @@ use crate::clock::Random;
 use crate::cq::SoftCq;
 use crate::engine::{Engine, Parts};
 use crate::memory::{MrKeep, WindowKeep, entry_of};
-use crate::neighbours::{Claim, slot_name};
+use crate::neighbours::{Claim, Neighbours, slot_name};
 use crate::shared::{Options, Shared};
-use crate::udp::{Receiver, Transmitter, open_rx, open_tx};
+use crate::udp::{Receiver, Transmitter, open_rx, open_tx, sys};
 
 /// Sockets of one address, of all processes: queue pair numbers have 7 bits for them.
 pub const SLOTS: u8 = 128;
@@ -67,9 +68,14 @@ impl Port {
     /// # Errors
     /// As `bind(2)`; the words are for the operator.
     pub fn open(ip: IpAddr, shared: Arc<Shared>) -> Result<(Arc<Self>, Sockets), Error> {
-        let claimed = shared.neighbours.claim_first(0..SLOTS, |slot| slot_name(ip, slot));
-        let (_, claim) = claimed.map_err(|e| explain(ip, e))?;
+        let neighbours = &shared.neighbours;
+        let name = |slot| slot_name(ip, slot);
+        let claimed = neighbours.claim_first_and(0..SLOTS, name, |claim| is_alone(ip, neighbours, claim));
+        let (_, claim, alone) = claimed.map_err(|e| explain(ip, e))?;
         let sockets = open_sockets(ip, true, &shared.options).map_err(|e| explain(ip, e))?;
+        if !alone {
+            return Err(strangers_group(ip));
+        }
         let info = DeviceInfo {
             name: format!("roce-{ip}"),
             provider: crate::PROVIDER,
@@ -194,6 +200,32 @@ fn warn_about_buffer(got: usize, options: &Options) {
     }
 }
 
+/// Whether the group of `ip` has only those sockets whose names show. Others of this user (another user's let nobody in) would
+/// be programs that have their names elsewhere, and the same numbers as this one. `claim`: our slot. To be called while nobody
+/// can claim another: for a moment this takes the address.
+fn is_alone(ip: IpAddr, neighbours: &Neighbours, claim: &Claim) -> bool {
+    // A process that was killed may lose its name a moment before its sockets.
+    const LOOKS: u32 = 5;
+    neighbours.has_company(ip, claim)
+        || (0..LOOKS).any(|look| {
+            if look > 0 {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            sys::is_free((ip, UDP_PORT).into())
+        })
+}
+
+/// See [`is_alone`].
+fn strangers_group(ip: IpAddr) -> Error {
+    Error {
+        what: format!("open UDP {}", SocketAddr::new(ip, UDP_PORT)),
+        source: io::Error::from_raw_os_error(libc::EADDRINUSE),
+        hint: "another program of this user has it, but not its name in the same directory: programs on one address must see \
+               the same /run/rnbd or /tmp/rnbd-UID (containers: give them one in common), or use addresses of their own"
+            .into(),
+    }
+}
+
 /// Why an address cannot be used, in words for who runs this.
 fn explain(ip: IpAddr, source: io::Error) -> Error {
     let hint = match source.raw_os_error() {
@@ -274,5 +306,38 @@ impl Device for Port {
     fn alloc_window(self: Arc<Self>) -> Result<Window, Error> {
         let (keep, rkey) = WindowKeep::new(self)?;
         Ok(Window { handle: Box::new(keep), rkey, bound: false })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::RwLock;
+
+    use super::*;
+    use crate::mailbox::Mailbox;
+    use crate::places::Place;
+
+    #[test]
+    fn programs_that_cannot_see_each_other_do_not_share_an_address() {
+        let dir = test_support::Dir::new("port");
+        let uid = rustix::process::geteuid().as_raw();
+        let shared = |name: &str| {
+            let places = Place::among(&[dir.join(name)], uid).unwrap();
+            Arc::new(Shared {
+                options: Options::default(),
+                notices: Mailbox::new().unwrap(),
+                neighbours: Neighbours::in_places(places).unwrap(),
+                directory: RwLock::default(),
+            })
+        };
+        let ip: IpAddr = test_support::address(test_support::network(), 1).into();
+        let first = Port::open(ip, shared("a")).unwrap();
+        // As in another container of the same network.
+        let refused = Port::open(ip, shared("b")).err().expect("its numbers would be the same");
+        assert_eq!(refused.source.raw_os_error(), Some(libc::EADDRINUSE), "{refused}");
+        assert!(refused.to_string().contains("/run/rnbd"), "{refused}");
+        let second = Port::open(ip, shared("a")).unwrap();
+        drop((first, second));
+        Port::open(ip, shared("b")).unwrap();
     }
 }

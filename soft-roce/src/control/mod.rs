@@ -52,8 +52,9 @@ pub struct Control {
 
 /// A port and its first socket.
 struct OpenPort {
-    port: Arc<Port>,
+    // Closed before the port gives up its claim to the slot.
     socket: CmSocket,
+    port: Arc<Port>,
     /// When it was last seen in use.
     used: Nanos,
 }

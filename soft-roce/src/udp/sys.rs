@@ -122,6 +122,12 @@ pub fn bind(fd: &OwnedFd, addr: SocketAddr) -> io::Result<()> {
     check(unsafe { libc::bind(fd.as_raw_fd(), (&raw const raw).cast(), raw.len()) }).map(drop)
 }
 
+/// Nobody has `addr`, not even to share it.
+pub fn is_free(addr: SocketAddr) -> bool {
+    let bound = udp_socket(addr.ip()).and_then(|fd| bind(&fd, addr));
+    !matches!(bound, Err(e) if e.kind() == io::ErrorKind::AddrInUse)
+}
+
 /// Source: `connect(2)`; on a UDP socket this chooses route and source address.
 pub fn connect(fd: &OwnedFd, addr: SocketAddr) -> io::Result<()> {
     let raw = RawAddr::new(addr);
