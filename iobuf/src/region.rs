@@ -50,6 +50,13 @@ pub enum MapError {
     },
 }
 
+/// What clients and guests store is nobody's business who reads a core dump.
+fn keep_out_of_dumps(base: *mut std::ffi::c_void, len: usize) {
+    // SAFETY: the caller has just mapped these pages; advice does not change their contents. A kernel that refuses it dumps
+    // them.
+    let _ = unsafe { rustix::mm::madvise(base, len, Advice::LinuxDontDump) };
+}
+
 /// A mapping of whole pages, unmapped on drop: private, anonymous and zeroed ([`Region::new`]), or of memory shared
 /// with another process ([`crate::Registry::map_shared`]).
 ///
@@ -120,6 +127,7 @@ impl Region {
         // SAFETY: `base..base+rounded` is the mapping just made; advice does not change its contents. A refusal
         // (no transparent huge pages in this kernel) costs speed only.
         let _ = unsafe { rustix::mm::madvise(base, rounded, Advice::LinuxHugepage) };
+        keep_out_of_dumps(base, rounded);
         let base = NonNull::new(base.cast()).expect("mmap never returns null on success");
         Ok(Self { base, len: rounded, id, generation, guard: None, origin: Origin::Private })
     }
@@ -167,6 +175,7 @@ impl Region {
             )
         }
         .map_err(refused)?;
+        keep_out_of_dumps(base, len);
         let base = NonNull::new(base.cast()).expect("mmap never returns null on success");
         // SAFETY: the mapping just made, which `drop` ends after the guard. Only raw pointers lead to it, whose users
         // expect the bytes to change at any time, and to have changed to zeroes is no different.
@@ -364,6 +373,8 @@ impl Segment {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
 
     #[test]
@@ -374,6 +385,25 @@ mod tests {
         let mut out = [1u8; 16];
         assert!(r.copy_out(8176, &mut out));
         assert_eq!(out, [0; 16]);
+    }
+
+    #[test]
+    fn core_dumps_have_no_data() {
+        let fd = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&fd, 8192).unwrap();
+        let regions = [Region::new(8192).unwrap(), Region::shared(fd.as_fd(), 0, 8192).unwrap()];
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        for region in regions {
+            let at = region.as_ptr() as usize;
+            let holds = |line: &str| {
+                let range = line.split_whitespace().next()?.split_once('-')?;
+                let [from, to] = [range.0, range.1].map(|n| usize::from_str_radix(n, 16));
+                Some((from.ok()?..to.ok()?).contains(&at))
+            };
+            let mut lines = smaps.lines().skip_while(|line| holds(line) != Some(true));
+            let flags = lines.find(|line| line.starts_with("VmFlags:")).expect("every mapping has flags");
+            assert!(flags.split_whitespace().any(|flag| flag == "dd"), "{flags}");
+        }
     }
 
     #[test]
