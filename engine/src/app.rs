@@ -16,6 +16,7 @@ use reactor::{CpuMask, Handle, IdlePolicy, Polled, Poller, Reactor, Team, Turn};
 use rpc::{Config, MethodTable, Responder, RpcError};
 use serde_json::Value;
 
+use crate::isolation::Isolation;
 use crate::log::LogControl;
 use crate::methods;
 use crate::notify::Notifications;
@@ -76,6 +77,9 @@ pub enum Error {
     /// `--rpcs-allowed`.
     #[error("--rpcs-allowed: unknown method {}; rpc_get_methods lists them all", .0.join(", "))]
     Allowed(Vec<String>),
+    /// Rights could not be given up.
+    #[error("{0}")]
+    Isolation(String),
     /// Signals or descriptors.
     #[error("{0}: {1}")]
     System(&'static str, std::io::Error),
@@ -220,6 +224,19 @@ impl Poller for SignalPoller {
 /// # Errors
 /// [`Error`], in words for the operator.
 pub fn run(options: Options, started: impl FnOnce(&Handle)) -> Result<(), Error> {
+    run_isolated(options, &Isolation::none(), started)
+}
+
+/// As [`run`], and gives up what `isolation` says before it has a second thread and before it opens what the configuration
+/// names, but after the RPC socket.
+///
+/// # Errors
+/// As for that.
+pub fn run_isolated(
+    options: Options,
+    isolation: &Isolation,
+    started: impl FnOnce(&Handle),
+) -> Result<(), Error> {
     let manager = Manager::new(Registry::new());
     let mut options = options;
     let subsystems: Vec<Rc<dyn Subsystem>> =
@@ -236,6 +253,8 @@ pub fn run(options: Options, started: impl FnOnce(&Handle)) -> Result<(), Error>
         manager.note_export();
     }
     let rpc_server = rpc::Server::listen(&options.rpc_socket, table.clone())?;
+    isolation.enter(&options.rpc_socket).map_err(Error::Isolation)?;
+    options.log.start_writing();
     let team = Team::start(options.cpumask.cores(), options.idle)?;
     let notifications = Notifications::hook(&manager, control.handle());
     subsystems.iter().for_each(|s| options.log.add_flags(s.log_flags()));

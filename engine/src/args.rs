@@ -7,6 +7,7 @@ use std::time::Duration;
 use reactor::{CpuMask, IdlePolicy};
 
 use crate::app::{self, Options};
+use crate::isolation::Isolation;
 use crate::log::{Format, LogControl};
 use crate::subsystem::Subsystem;
 
@@ -77,14 +78,20 @@ impl Common {
 
 /// Runs a program to its end, with the system's limits raised; says on standard error why it failed.
 pub fn main(program: &str, options: Result<Options, String>) -> ExitCode {
-    main_with(program, options, || ())
+    main_isolated(program, options.map(|options| (options, Isolation::none())), || ())
 }
 
-/// As [`main`], and runs `ended` after an end in order.
-pub fn main_with(program: &str, options: Result<Options, String>, ended: impl FnOnce()) -> ExitCode {
+/// As [`main`] with the rights that an [`Isolation`] leaves, and runs `ended` after an end in order.
+pub fn main_isolated(
+    program: &str,
+    options: Result<(Options, Isolation), String>,
+    ended: impl FnOnce(),
+) -> ExitCode {
     raise_limits();
-    let log = options.as_ref().map_or_else(|_| LogControl::detached(), |options| options.log.clone());
-    let outcome = options.and_then(|o| app::run(o, |_| {}).map_err(|e| e.to_string()));
+    let log = options.as_ref().map_or_else(|_| LogControl::detached(), |(options, _)| options.log.clone());
+    let outcome = options.and_then(|(options, isolation)| {
+        app::run_isolated(options, &isolation, |_| {}).map_err(|e| e.to_string())
+    });
     log.flush();
     match outcome {
         Ok(()) => {

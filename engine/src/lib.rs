@@ -6,6 +6,7 @@
 
 pub mod app;
 pub mod args;
+pub mod isolation;
 pub mod log;
 pub mod methods;
 mod network;

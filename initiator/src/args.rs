@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use argh::FromArgs;
 use engine::Options;
 use engine::args::Common;
+use engine::isolation::{Confinement, Isolation};
 
 use crate::direct::{self, Direct, Export, Spec};
 use crate::program::{self, PROGRAM};
@@ -53,6 +54,30 @@ struct Args {
     #[argh(option, default = "\"text\".into()", arg_name = "format")]
     log_format: String,
 
+    /// become this user (name or number) once the JSON-RPC socket is open, with no capabilities: what the configuration
+    /// names must be open to it; needs root
+    #[argh(option, arg_name = "user")]
+    user: Option<String>,
+
+    /// its group (default: that of the user)
+    #[argh(option, arg_name = "group")]
+    group: Option<String>,
+
+    /// comma-separated capabilities to keep, and no others: sys_admin (kernel NBD and ublk devices), net_admin,
+    /// net_bind_service, ipc_lock, net_raw, dac_override (default: none with --user, else all)
+    #[argh(option, arg_name = "names")]
+    capabilities: Option<String>,
+
+    /// system calls that the program has no use for: off (done), log (done, and in the kernel's log) or kill (they end it)
+    /// (default: $RNBD_SANDBOX, else off)
+    #[argh(option, arg_name = "mode")]
+    sandbox: Option<String>,
+
+    /// open files only below this path, which may be given several times, and what libraries need (Landlock); name all
+    /// that the configuration and later calls open
+    #[argh(option, arg_name = "path")]
+    allow_path: Vec<PathBuf>,
+
     /// serve one NBD client on standard input, a socket, and end with it; the export for one that names none ("" if
     /// there is only one)
     #[argh(option, arg_name = "export")]
@@ -88,7 +113,7 @@ enum Command {
         fast_io_fail_timeout_sec=, stale_io_timeout_sec= (as bdev_rnbd_map takes them).\n\
         Of an NBD server: path=URI alone (nbd://HOST[:PORT]/EXPORT, nbds://, nbd+unix:///EXPORT?socket=PATH), and\n\
         optionally access_mode=ro|rw, connections=, dialect=, size= (dialect 1997), and the timeouts, io_timeout_sec= too.\n\
-        -m, -r, -L and --log-format as in rnbd-initiator --help."
+        -m, -r, -L, --log-format, --user, --group, --capabilities, --sandbox, --allow-path as in rnbd-initiator --help."
 )]
 struct Map {
     /// what to map, see below
@@ -132,7 +157,7 @@ impl Map {
 }
 
 /// Reads the command line: how to start, and what to map directly. Prints help or version and ends the program if asked to.
-pub fn options() -> Result<(Options, Option<Direct>), String> {
+pub fn options() -> Result<(Options, Isolation, Option<Direct>), String> {
     let words: Vec<String> = std::env::args_os().skip(1).map(|a| a.to_string_lossy().into_owned()).collect();
     let args = arrange(&words);
     let refs: Vec<&str> = args.iter().map(String::as_str).collect();
@@ -155,6 +180,14 @@ pub fn options() -> Result<(Options, Option<Direct>), String> {
     };
     let default = |alone: &str, mapping: String| if direct.is_some() { mapping } else { alone.into() };
     let socket = format!("/var/tmp/{PROGRAM}-{}.sock", std::process::id());
+    let isolation = Confinement {
+        user: args.user,
+        group: args.group,
+        capabilities: args.capabilities,
+        sandbox: args.sandbox,
+        allow_path: args.allow_path,
+    };
+    let isolation = isolation.check()?;
     let common = Common {
         config: args.config,
         cpumask: args.cpumask,
@@ -172,11 +205,24 @@ pub fn options() -> Result<(Options, Option<Direct>), String> {
         let export = Some(export).filter(|name| !name.is_empty());
         options.on_ready = Some(Box::new(|app, cx| exports::nbd_server::serve_stdin(app, cx, export)));
     }
-    Ok((options, direct))
+    Ok((options, isolation, direct))
 }
 
 /// Options with a value that may stand behind `map` as well as before it.
-const ANYWHERE: [&str; 7] = ["-m", "--cpumask", "-r", "--rpc-socket", "-L", "--log-level", "--log-format"];
+const ANYWHERE: [&str; 12] = [
+    "-m",
+    "--cpumask",
+    "-r",
+    "--rpc-socket",
+    "-L",
+    "--log-level",
+    "--log-format",
+    "--user",
+    "--group",
+    "--capabilities",
+    "--sandbox",
+    "--allow-path",
+];
 
 /// Puts the arguments (without the program's name) as the parser wants them: options of the program before the
 /// command, and a word behind an `--ublk` that stands alone.

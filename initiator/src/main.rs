@@ -6,11 +6,11 @@ mod program;
 
 fn main() -> std::process::ExitCode {
     let mut direct = None;
-    let options = args::options().map(|(options, mapping)| {
+    let options = args::options().map(|(options, isolation, mapping)| {
         direct = mapping;
-        options
+        (options, isolation)
     });
-    let code = engine::args::main_with(program::PROGRAM, options, || {
+    let code = engine::args::main_isolated(program::PROGRAM, options, || {
         if let Some(direct) = direct {
             direct.ended();
         }

@@ -3,7 +3,7 @@
 //! | user | directories |
 //! |---|---|
 //! | root | `/run/rnbd`; if that is not root's, `/tmp/rnbd-0` |
-//! | others | all that are theirs of `/run/rnbd` (a service's), `/run/user/UID/rnbd` (there while the user is logged in), `/tmp/rnbd-UID` |
+//! | others | all that are theirs of `$RUNTIME_DIRECTORY` (a service's, systemd.exec(5)), `/run/rnbd-UID` (made by `--user`), `/run/user/UID/rnbd` (there while the user is logged in), `/tmp/rnbd-UID` |
 //!
 //! One is used only if it belongs to the user and nobody else may write to it. In each there is one for the network namespace,
 //! since the addresses in the names are those of the namespace.
@@ -42,12 +42,14 @@ impl Place {
     /// There is none, in words that name each, its owner and mode.
     pub fn all() -> io::Result<Vec<Self>> {
         let uid = rustix::process::geteuid().as_raw();
-        let own = PathBuf::from(format!("/tmp/rnbd-{uid}"));
-        let mut candidates = vec![PathBuf::from("/run/rnbd")];
-        if uid != 0 {
-            candidates.push(format!("/run/user/{uid}/rnbd").into());
+        let own = format!("/tmp/rnbd-{uid}");
+        if uid == 0 {
+            return Self::among(&["/run/rnbd".into(), own.into()], uid);
         }
-        candidates.push(own);
+        let service = std::env::var("RUNTIME_DIRECTORY").unwrap_or_default();
+        let service = service.split(':').filter(|path| path.starts_with('/')).map(PathBuf::from);
+        let others = [format!("/run/rnbd-{uid}"), format!("/run/user/{uid}/rnbd"), own].map(PathBuf::from);
+        let candidates: Vec<PathBuf> = service.chain(others).collect();
         Self::among(&candidates, uid)
     }
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use argh::FromArgs;
 use engine::Options;
 use engine::args::Common;
+use engine::isolation::{Confinement, Isolation};
 use rnbd_target::PROGRAM;
 
 /// Serves block devices to remote hosts by RNBD over RDMA.
@@ -49,6 +50,30 @@ struct Args {
     #[argh(option, default = "\"text\".into()", arg_name = "format")]
     log_format: String,
 
+    /// become this user (name or number) once the JSON-RPC socket is open, with no capabilities: what the configuration
+    /// names must be open to it; needs root
+    #[argh(option, arg_name = "user")]
+    user: Option<String>,
+
+    /// its group (default: that of the user)
+    #[argh(option, arg_name = "group")]
+    group: Option<String>,
+
+    /// comma-separated capabilities to keep, and no others: sys_admin (kernel NBD and ublk devices), net_admin,
+    /// net_bind_service, ipc_lock, net_raw, dac_override (default: none with --user, else all)
+    #[argh(option, arg_name = "names")]
+    capabilities: Option<String>,
+
+    /// system calls that the program has no use for: off (done), log (done, and in the kernel's log) or kill (they end it)
+    /// (default: $RNBD_SANDBOX, else off)
+    #[argh(option, arg_name = "mode")]
+    sandbox: Option<String>,
+
+    /// open files only below this path, which may be given several times, and what libraries need (Landlock); name all
+    /// that the configuration and later calls open
+    #[argh(option, arg_name = "path")]
+    allow_path: Vec<PathBuf>,
+
     /// serve one NBD client on standard input, a socket, and end with it; the export for one that names none ("" if
     /// there is only one)
     #[argh(option, arg_name = "export")]
@@ -60,12 +85,20 @@ struct Args {
 }
 
 /// Reads the command line; prints help or version and ends the program if asked to.
-pub fn options() -> Result<Options, String> {
+pub fn options() -> Result<(Options, Isolation), String> {
     let args: Args = argh::from_env();
     if args.version {
         println!("{PROGRAM} {}", env!("CARGO_PKG_VERSION"));
         std::process::exit(0);
     }
+    let isolation = Confinement {
+        user: args.user,
+        group: args.group,
+        capabilities: args.capabilities,
+        sandbox: args.sandbox,
+        allow_path: args.allow_path,
+    };
+    let isolation = isolation.check()?;
     let common = Common {
         config: args.config,
         cpumask: args.cpumask,
@@ -81,5 +114,5 @@ pub fn options() -> Result<Options, String> {
         let export = Some(export).filter(|name| !name.is_empty());
         options.on_ready = Some(Box::new(|app, cx| exports::nbd_server::serve_stdin(app, cx, export)));
     }
-    Ok(options)
+    Ok((options, isolation))
 }

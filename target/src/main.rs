@@ -3,5 +3,5 @@
 mod args;
 
 fn main() -> std::process::ExitCode {
-    engine::args::main(rnbd_target::PROGRAM, args::options())
+    engine::args::main_isolated(rnbd_target::PROGRAM, args::options(), || ())
 }

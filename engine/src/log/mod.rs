@@ -56,7 +56,11 @@ pub struct LogControl {
     handle: Option<reload::Handle<Targets, Registry>>,
     /// Of standard error.
     queue: Option<LineQueue>,
+    writer: Arc<Mutex<Option<Start>>>,
 }
+
+/// Starts the thread that writes.
+type Start = Box<dyn FnOnce() -> std::io::Result<()> + Send>;
 
 /// What the filter is made from.
 struct State {
@@ -120,24 +124,24 @@ impl LogControl {
     fn new(level: String) -> Self {
         let state = Arc::new(Mutex::new(State { level, flags: BTreeMap::new() }));
         let timestamps = Arc::new(AtomicBool::new(true));
-        let control = Self { state, timestamps, handle: None, queue: None };
+        let control = Self { state, timestamps, handle: None, queue: None, writer: Arc::default() };
         control.add_flags(&FLAGS);
         control
     }
 
-    /// Installs the program's subscriber. `level`: one of [`LEVELS`], any case. To be called before any thread is pinned.
+    /// Installs the program's subscriber. `level`: one of [`LEVELS`], any case. Messages wait until
+    /// [`LogControl::start_writing`].
     ///
     /// # Errors
-    /// An unknown level, or no thread.
+    /// An unknown level.
     pub fn install(level: &str, format: Format) -> Result<Self, String> {
         let level = level.to_ascii_uppercase();
         filter(&level).ok_or_else(|| unknown(&level))?;
         let (queue, writer) = LineQueue::new(std::io::stderr());
         let limiter = Limiter::new(queue.clone());
-        writer
-            .start("log", Tell(limiter.clone()))
-            .map_err(|e| format!("cannot start a thread for the log: {e}"))?;
         let mut control = Self::new(level);
+        let tell = Tell(limiter.clone());
+        control.writer = Arc::new(Mutex::new(Some(Box::new(move || writer.start("log", tell)))));
         control.queue = Some(queue.clone());
         let (filter, handle) = reload::Layer::new(control.state().targets());
         control.handle = Some(handle);
@@ -165,8 +169,18 @@ impl LogControl {
         }));
     }
 
+    /// Starts the thread that writes, if there is none yet. It has the rights and the cores that the caller has now.
+    pub fn start_writing(&self) {
+        let start = self.writer.lock().unwrap_or_else(|e| e.into_inner()).take();
+        // Without it nothing is written, and nobody waits for that.
+        if let Some(Err(e)) = start.map(|start| start()) {
+            eprintln!("cannot start a thread for the log, which stays empty: {e}");
+        }
+    }
+
     /// Waits until everything is written that was logged before, for 2 s at most. False: it is not.
     pub fn flush(&self) -> bool {
+        self.start_writing();
         self.queue.as_ref().is_none_or(|queue| queue.flush(LAST_WORDS))
     }
 

@@ -56,9 +56,16 @@ pub(super) fn claim(dir: &Path, index: u32) -> Result<Claim, ClaimError> {
     let path = dir.join(format!("nbd{index}"));
     let system = |source: io::Error| ClaimError::System { path: path.display().to_string(), source };
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(system)?;
+    // Whoever can write there could have another file written to in its stead.
+    let owner = fs::metadata(dir).map_err(system)?.uid();
+    if owner != rustix::process::geteuid().as_raw() {
+        let text = format!("{} belongs to user {owner}; it should be ours", dir.display());
+        return Err(system(io::Error::new(io::ErrorKind::PermissionDenied, text)));
+    }
     loop {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false).mode(0o600);
+        options.custom_flags(rustix::fs::OFlags::NOFOLLOW.bits().cast_signed());
         let mut file = options.open(&path).map_err(system)?;
         let locked = flock(&file, FlockOperation::NonBlockingLockExclusive);
         // Its holder may have removed the file between the two calls; then the lock is worth nothing.
