@@ -146,6 +146,28 @@ fn refused() -> Result<BpfProgram, seccompiler::BackendError> {
 mod tests {
     use super::*;
 
+    /// In a process of its own, for it dies of it.
+    #[test]
+    fn what_is_not_allowed_ends_the_process() {
+        use std::os::unix::process::ExitStatusExt;
+        const CHILD: &str = "ENGINE_TEST_SANDBOX";
+        let mode = std::env::var(CHILD).unwrap_or_default();
+        if !mode.is_empty() {
+            restrict(if mode == "kill" { Sandbox::Kill } else { Sandbox::Log }).unwrap();
+            std::thread::spawn(|| std::fs::read("/proc/self/status").unwrap()).join().unwrap();
+            // Refused for want of rights or not: the call is made.
+            let _ = std::os::unix::fs::chroot("/nonexistent");
+            return;
+        }
+        let name = "isolation::calls::tests::what_is_not_allowed_ends_the_process";
+        let run = |mode| {
+            let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+            child.args(["--exact", name]).env(CHILD, mode).output().unwrap().status
+        };
+        assert_eq!(run("kill").signal(), Some(libc::SIGSYS));
+        assert!(run("log").success());
+    }
+
     #[test]
     fn filters_can_be_made_and_fit() {
         for program in [allowed(SeccompAction::KillProcess).unwrap(), refused().unwrap()] {
