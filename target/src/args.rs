@@ -64,8 +64,8 @@ struct Args {
     #[argh(option, arg_name = "names")]
     capabilities: Option<String>,
 
-    /// system calls that the program has no use for: off (done), log (done, and in the kernel's log) or kill (they end it)
-    /// (default: $RNBD_SANDBOX, else off)
+    /// what becomes of system calls that the program has no use for: off (they are made), log (made, and logged by the
+    /// kernel) or kill (they end the program) (default: $RNBD_SANDBOX, else off)
     #[argh(option, arg_name = "mode")]
     sandbox: Option<String>,
 
