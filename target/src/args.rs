@@ -59,8 +59,8 @@ struct Args {
     #[argh(option, arg_name = "group")]
     group: Option<String>,
 
-    /// comma-separated capabilities to keep, and no others: sys_admin (kernel NBD and ublk devices), net_admin,
-    /// net_bind_service, ipc_lock, net_raw, dac_override (default: none with --user, else all)
+    /// comma-separated capabilities to keep, and no others: sys_admin and sys_resource (kernel NBD and ublk devices),
+    /// net_admin, net_bind_service, ipc_lock, net_raw, dac_override (default: none with --user, else all)
     #[argh(option, arg_name = "names")]
     capabilities: Option<String>,
 

@@ -27,9 +27,9 @@ const CALLS: &[c_long] = &[
     libc::SYS_flock, libc::SYS_fstat, libc::SYS_fstatfs, libc::SYS_fsync, libc::SYS_ftruncate, libc::SYS_getcwd,
     libc::SYS_getdents64, libc::SYS_ioctl, libc::SYS_lseek, libc::SYS_mkdirat, libc::SYS_newfstatat, libc::SYS_openat,
     libc::SYS_openat2, libc::SYS_pipe2, libc::SYS_pread64, libc::SYS_preadv, libc::SYS_preadv2, libc::SYS_pwrite64,
-    libc::SYS_pwritev, libc::SYS_pwritev2, libc::SYS_read, libc::SYS_readlinkat, libc::SYS_readv, libc::SYS_renameat,
-    libc::SYS_renameat2, libc::SYS_statfs, libc::SYS_statx, libc::SYS_sync_file_range, libc::SYS_syncfs, libc::SYS_umask,
-    libc::SYS_unlinkat, libc::SYS_write, libc::SYS_writev,
+    libc::SYS_pwritev, libc::SYS_pwritev2, libc::SYS_read, libc::SYS_readlinkat, libc::SYS_readv, libc::SYS_renameat2,
+    libc::SYS_statfs, libc::SYS_statx, libc::SYS_syncfs, libc::SYS_umask, libc::SYS_unlinkat, libc::SYS_write,
+    libc::SYS_writev,
     // io_uring.
     libc::SYS_io_uring_enter, libc::SYS_io_uring_register, libc::SYS_io_uring_setup,
     // Events and time.
@@ -39,15 +39,13 @@ const CALLS: &[c_long] = &[
     libc::SYS_timerfd_settime,
     // Sockets; their families are looked at below.
     libc::SYS_accept, libc::SYS_accept4, libc::SYS_bind, libc::SYS_connect, libc::SYS_getpeername, libc::SYS_getsockname,
-    libc::SYS_getsockopt, libc::SYS_listen, libc::SYS_recvfrom, libc::SYS_recvmmsg, libc::SYS_recvmsg,
-    libc::SYS_sendmmsg, libc::SYS_sendmsg, libc::SYS_sendto, libc::SYS_setsockopt, libc::SYS_shutdown,
-    libc::SYS_socketpair,
+    libc::SYS_getsockopt, libc::SYS_listen, libc::SYS_recvfrom, libc::SYS_recvmmsg, libc::SYS_recvmsg, libc::SYS_sendmmsg,
+    libc::SYS_sendmsg, libc::SYS_sendto, libc::SYS_setsockopt, libc::SYS_shutdown, libc::SYS_socketpair,
     // Threads.
     libc::SYS_clone, libc::SYS_clone3, libc::SYS_exit, libc::SYS_exit_group, libc::SYS_futex, libc::SYS_get_robust_list,
-    libc::SYS_getcpu, libc::SYS_gettid, libc::SYS_rseq, libc::SYS_sched_get_priority_max,
-    libc::SYS_sched_get_priority_min, libc::SYS_sched_getaffinity, libc::SYS_sched_getparam,
-    libc::SYS_sched_getscheduler, libc::SYS_sched_setaffinity, libc::SYS_sched_setscheduler, libc::SYS_sched_yield,
-    libc::SYS_set_robust_list, libc::SYS_set_tid_address,
+    libc::SYS_getcpu, libc::SYS_gettid, libc::SYS_rseq, libc::SYS_sched_get_priority_max, libc::SYS_sched_get_priority_min,
+    libc::SYS_sched_getaffinity, libc::SYS_sched_getparam, libc::SYS_sched_getscheduler, libc::SYS_sched_setaffinity,
+    libc::SYS_sched_setscheduler, libc::SYS_sched_yield, libc::SYS_set_robust_list, libc::SYS_set_tid_address,
     // Signals.
     libc::SYS_kill, libc::SYS_restart_syscall, libc::SYS_rt_sigaction, libc::SYS_rt_sigprocmask, libc::SYS_rt_sigreturn,
     libc::SYS_rt_sigtimedwait, libc::SYS_sigaltstack, libc::SYS_tgkill,
@@ -58,17 +56,18 @@ const CALLS: &[c_long] = &[
     libc::SYS_uname, libc::SYS_wait4, libc::SYS_waitid,
 ];
 
-/// Which later architectures do without.
+/// Which later architectures do without, or the crate libc has not for them.
 #[cfg(target_arch = "x86_64")]
 #[rustfmt::skip]
 const OLD_CALLS: &[c_long] = &[
     libc::SYS_access, libc::SYS_arch_prctl, libc::SYS_chmod, libc::SYS_dup2, libc::SYS_epoll_create, libc::SYS_epoll_wait,
     libc::SYS_eventfd, libc::SYS_getdents, libc::SYS_getrlimit, libc::SYS_lstat, libc::SYS_mkdir, libc::SYS_open,
-    libc::SYS_pipe, libc::SYS_poll, libc::SYS_readlink, libc::SYS_rename, libc::SYS_rmdir, libc::SYS_select,
-    libc::SYS_stat, libc::SYS_time, libc::SYS_unlink,
+    libc::SYS_pipe, libc::SYS_poll, libc::SYS_readlink, libc::SYS_rename, libc::SYS_renameat, libc::SYS_rmdir,
+    libc::SYS_select, libc::SYS_stat, libc::SYS_sync_file_range, libc::SYS_time, libc::SYS_unlink,
 ];
+/// renameat and sync_file_range (asm-generic/unistd.h).
 #[cfg(not(target_arch = "x86_64"))]
-const OLD_CALLS: &[c_long] = &[];
+const OLD_CALLS: &[c_long] = &[38, 84];
 
 /// Of [`libc::SYS_socket`].
 const FAMILIES: [i32; 4] = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];

@@ -22,6 +22,7 @@ pub(super) fn restrict(paths: &[PathBuf], rpc_socket: &Path) -> Result<(), Strin
     let mut rules = Ruleset::default().handle_access(all).and_then(Ruleset::create).map_err(failed)?;
     let uid = rustix::process::geteuid().as_raw();
     let own = [format!("/run/rnbd-{uid}"), format!("/run/user/{uid}/rnbd"), format!("/tmp/rnbd-{uid}")];
+    make_one(uid, &own);
     let read = READ.iter().map(|path| (Path::new(*path), read));
     let write =
         WRITE.iter().copied().chain(own.iter().map(String::as_str)).map(|path| (Path::new(path), all));
@@ -44,6 +45,17 @@ pub(super) fn restrict(paths: &[PathBuf], rpc_socket: &Path) -> Result<(), Strin
         }
         _ => Ok(()),
     }
+}
+
+/// Makes a directory for soft-roce if there is none (its `places.rs`): it could not do so later, nor could a rule name it. A
+/// refusal is met again where it is used.
+fn make_one(uid: u32, own: &[String]) {
+    let path = match own.last() {
+        _ if uid == 0 => "/run/rnbd",
+        Some(last) if own.iter().all(|path| !Path::new(path).exists()) => last,
+        _ => return,
+    };
+    let _ = rustix::fs::mkdir(path, rustix::fs::Mode::RWXU);
 }
 
 /// Allows `access` to `path`, or below it.

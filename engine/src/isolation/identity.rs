@@ -27,9 +27,11 @@ impl Default for Kept {
 }
 
 /// Those that anything here has a use for, and which.
-const NAMES: [(&str, CapabilitySet); 6] = [
+const NAMES: [(&str, CapabilitySet); 7] = [
     // Kernel NBD and ublk devices.
     ("sys_admin", CapabilitySet::SYS_ADMIN),
+    // Threads that write a device's data back do not wait for that very device (PR_SET_IO_FLUSHER).
+    ("sys_resource", CapabilitySet::SYS_RESOURCE),
     // Receive buffers beyond net.core.rmem_max.
     ("net_admin", CapabilitySet::NET_ADMIN),
     // Ports below 1024.

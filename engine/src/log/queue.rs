@@ -38,7 +38,7 @@ enum Item {
 }
 
 /// What the thread does besides writing.
-pub trait Chores: Send + 'static {
+pub(super) trait Chores: Send + 'static {
     /// `lost` lines (0: none) found the queue full since the last call, and there is room again. `last`: the queue is being
     /// flushed. Returns when to be called again at the latest; `None`: after the next line.
     fn run(&mut self, now: Instant, lost: u64, last: bool) -> Option<Instant>;
@@ -68,7 +68,7 @@ impl LineQueue {
     }
 
     /// A queue for `file`, and what makes its thread ([`Writer::start`]).
-    pub fn new<F: AsFd + Send + 'static>(file: F) -> (Self, Writer<F>) {
+    pub(super) fn new<F: AsFd + Send + 'static>(file: F) -> (Self, Writer<F>) {
         let (sender, receiver) = bounded(MAX_LINES);
         let level = Arc::<Level>::default();
         (Self { sender, level: level.clone() }, Writer { file, receiver, level })
@@ -85,7 +85,7 @@ impl LineQueue {
     }
 
     /// Has the thread look at its [`Chores`]. A full queue keeps it awake anyway.
-    pub fn wake(&self) {
+    pub(super) fn wake(&self) {
         let _ = self.sender.try_send(Item::Wake);
     }
 
@@ -98,7 +98,7 @@ impl LineQueue {
 }
 
 /// The other end of a [`LineQueue`].
-pub struct Writer<F> {
+pub(super) struct Writer<F> {
     file: F,
     receiver: Receiver<Item>,
     level: Arc<Level>,
@@ -109,7 +109,7 @@ impl<F: AsFd + Send + 'static> Writer<F> {
     ///
     /// # Errors
     /// As `pthread_create(3)`.
-    pub fn start(self, name: &str, chores: impl Chores) -> io::Result<()> {
+    pub(super) fn start(self, name: &str, chores: impl Chores) -> io::Result<()> {
         std::thread::Builder::new().name(name.into()).spawn(move || self.run(chores)).map(drop)
     }
 
