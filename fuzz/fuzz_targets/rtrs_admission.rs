@@ -88,7 +88,9 @@ impl Driver {
         let mut bytes = [0; 272];
         bytes[0] = msg_type & 1;
         bytes[2] = name;
-        let state = if self.table.info_req(id, &bytes).is_ok() { PathState::Up } else { PathState::Closing };
+        let up = self.table.info_req(id, &bytes);
+        let state = if up.is_ok() { PathState::Up } else { PathState::Closing };
+        self.evicted(&up.map_or(vec![], |up| up.evicted));
         assert_eq!(self.table.path(id).map(|p| p.state), Some(state));
     }
 

@@ -152,10 +152,7 @@ fn a_stopped_run_reports_what_it_measured() {
 fn verify_finds_bad_data_bad() {
     for op in [bdev::Op::Read, bdev::Op::Write] {
         let target = Target::start(&rotating(false));
-        target.app(|app| {
-            error::create(&app.manager, "m4k", None).expect("an error bdev");
-        });
-        let o = LoadOptions { time: LONG, ..options(Pattern::Verify, "EE_m4k") };
+        let o = LoadOptions { time: LONG, ..options(Pattern::Verify, "EE_flaky") };
         let cm = target.cm();
         let loading = std::thread::spawn(move || load::run(o, cm, |_| ()));
         target.at_work();
@@ -163,7 +160,7 @@ fn verify_finds_bad_data_bad() {
             let error = error::ErrorType::CorruptData { offset: 1024, value: 1 };
             // Several, because a spoilt block may be written again before it is read.
             let injection = error::Injection { op: Some(op), error, num: 32, queue_depth: 0 };
-            error::inject(&app.manager, "EE_m4k", injection).expect("injected");
+            error::inject(&app.manager, "EE_flaky", injection).expect("injected");
         });
         let report = loading.join().expect("no panic").unwrap_or_else(|e| panic!("{e}"));
         let mismatch = report.verify.as_ref().and_then(|v| v.mismatch.as_ref()).expect("found");
@@ -175,12 +172,11 @@ fn verify_finds_bad_data_bad() {
 fn a_request_that_fails_ends_the_run_with_its_errno() {
     let target = Target::start(&rotating(false));
     target.app(|app| {
-        error::create(&app.manager, "m4k", None).expect("an error bdev");
         let failure = error::ErrorType::Failure;
         let injection = error::Injection { op: Some(bdev::Op::Read), error: failure, num: 1, queue_depth: 0 };
-        error::inject(&app.manager, "EE_m4k", injection).expect("injected");
+        error::inject(&app.manager, "EE_flaky", injection).expect("injected");
     });
-    let o = LoadOptions { time: LONG, ..options(Pattern::RandRead, "EE_m4k") };
+    let o = LoadOptions { time: LONG, ..options(Pattern::RandRead, "EE_flaky") };
     let report = target.load(o).unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(report.errors, 1);
     assert!(report.first_error.as_ref().is_some_and(|e| e.contains("EIO")), "{:?}", report.first_error);

@@ -189,6 +189,8 @@ pub struct PathUp {
     pub name: Box<str>,
     /// No other path of the session was up: the upper layer's session begins.
     pub first_of_session: bool,
+    /// As [`Admitted::evicted`].
+    pub evicted: Vec<PathId>,
 }
 
 /// Why a path must be closed instead of coming up. The table has it in [`PathState::Closing`] already.
@@ -469,8 +471,10 @@ impl SessionTable {
     /// # Errors
     /// [`CloseReason`]; the path is closing, and the driver tears it down as after [`SessionTable::begin_close`].
     pub fn info_req(&mut self, id: PathId, bytes: &[u8]) -> Result<PathUp, CloseReason> {
-        match self.check_info_req(id, bytes) {
-            Ok(name) => self.path_up(id, name).ok_or(CloseReason::Gone),
+        // On some devices INFO_REQ overtakes the news of the connection. Nothing fails after others have given way.
+        let up = self.check_info_req(id, bytes).and_then(|name| Ok((name, self.prove(id)?)));
+        match up {
+            Ok((name, evicted)) => self.path_up(id, name, evicted).ok_or(CloseReason::Gone),
             Err(reason) => {
                 self.begin_close(id);
                 Err(reason)
@@ -495,11 +499,10 @@ impl SessionTable {
         Ok(name)
     }
 
-    fn path_up(&mut self, id: PathId, name: &str) -> Option<PathUp> {
+    fn path_up(&mut self, id: PathId, name: &str, evicted: Vec<PathId>) -> Option<PathUp> {
         let path = self.paths.get_mut(id.0)?;
         let session = self.sessions.get_mut(path.session.0)?;
         path.state = PathState::Up;
-        path.proved = true;
         path.was_up = true;
         path.name = Some(name.into());
         let first_of_session = session.paths_up == 0;
@@ -507,7 +510,7 @@ impl SessionTable {
         if first_of_session {
             session.name = Some(name.into());
         }
-        Some(PathUp { session: path.session, name: name.into(), first_of_session })
+        Some(PathUp { session: path.session, name: name.into(), first_of_session, evicted })
     }
 
     /// The driver starts to tear the path down. False if that had begun before, or the id is stale: then someone

@@ -256,7 +256,9 @@ fn step(t: &mut SessionTable, model: &mut Model, now: &mut u64, op: &Op) -> Resu
             let Some(id) = nth(t, path) else { return Ok(()) };
             let mut bytes = [0; 272];
             bytes[2] = b'a' + name;
-            let want = if t.info_req(id, &bytes).is_ok() { PathState::Up } else { PathState::Closing };
+            let up = t.info_req(id, &bytes);
+            let want = if up.is_ok() { PathState::Up } else { PathState::Closing };
+            all_closing(t, &up.map_or(vec![], |up| up.evicted))?;
             prop_assert_eq!(t.path(id).unwrap().state, want);
         }
         Op::Close { path } => {

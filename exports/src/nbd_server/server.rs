@@ -26,8 +26,6 @@ use super::fence::Fence;
 use super::lane::Lane;
 use super::ranges::RangeLock;
 
-/// Refused and broken handshakes that are logged, per second.
-
 /// Limits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Options {

@@ -59,17 +59,21 @@ impl Target {
         Self::start_on(Net::loopback(), options)
     }
 
-    /// A target with the 8 MiB devices `m512` and `m4k`, named after their blocks.
+    /// A target with the 8 MiB devices `m512` and `m4k`, named after their blocks, and `EE_flaky`, whose requests can be made
+    /// to fail.
     pub fn start_on(net: Net, options: &Value) -> Self {
         let config = json!({"subsystems": [
             {"subsystem": "bdev", "config": [
                 {"method": "bdev_malloc_create", "params": {"name": "m512", "num_blocks": 16384, "block_size": 512}},
                 {"method": "bdev_malloc_create", "params": {"name": "m4k", "num_blocks": 2048, "block_size": 4096}},
+                {"method": "bdev_malloc_create", "params": {"name": "flaky", "num_blocks": 2048, "block_size": 4096}},
+                {"method": "bdev_error_create", "params": {"base_name": "flaky"}},
             ]},
             {"subsystem": "rnbd", "config": [
                 {"method": "rnbd_set_options", "params": options},
                 {"method": "rnbd_create_export", "params": {"device_path": "m512", "bdev_name": "m512"}},
                 {"method": "rnbd_create_export", "params": {"device_path": "m4k", "bdev_name": "m4k"}},
+                {"method": "rnbd_create_export", "params": {"device_path": "EE_flaky", "bdev_name": "EE_flaky"}},
                 {"method": "rnbd_create_listener",
                  "params": {"traddr": net.server_ip.to_string(), "trsvcid": "1234", "provider": net.provider}},
             ]},

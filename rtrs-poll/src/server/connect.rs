@@ -307,10 +307,9 @@ impl<U: Upper> Server<U> {
     }
 
     fn bring_up(&mut self, cx: &mut Turn<'_>, id: PathId, message: &[u8]) -> Result<PathUp, CloseReason> {
-        // On some devices it overtakes the news of the connection.
-        let evicted = self.table.prove(id)?;
-        self.make_room(cx, &evicted);
-        self.table.info_req(id, message)
+        let up = self.table.info_req(id, message)?;
+        self.make_room(cx, &up.evicted);
+        Ok(up)
     }
 
     /// A client at `peer` wants the name of a session that has a path to that very address. The session may be what a crash

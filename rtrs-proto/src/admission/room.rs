@@ -63,10 +63,11 @@ impl SessionTable {
         Ok(victims)
     }
 
-    /// Room for the chunks of a path that is coming up. Nobody gives way for it: who is not up has none.
+    /// Room for the chunks of a path that is coming up, beside its queues. Nobody gives way for it: who is not up has none.
     pub(super) fn room_for_chunks(&self, id: PathId) -> Result<(), CloseReason> {
         let path = self.paths.get(id.0).ok_or(CloseReason::Gone)?;
-        let need = Usage { memory: self.limits.path_bytes, ..Usage::default() };
+        let queues = if path.proved { 0 } else { self.usage_of(path).memory };
+        let need = Usage { memory: queues.saturating_add(self.limits.path_bytes), ..Usage::default() };
         let fits = self.fits(need, Source::of(path.src), path.known, &[]);
         fits.map_err(|(what, over)| CloseReason::Memory(over, self.limits.of(what)))
     }

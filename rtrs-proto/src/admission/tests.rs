@@ -62,7 +62,7 @@ fn one_path_comes_and_goes() {
     let b = admit(&mut t, 0, &request(1, 1, 1, 2), 7, 8).unwrap();
     assert_eq!((b.new_session, b.new_path, b.path, b.session), (false, false, a.path, a.session));
     let up = t.info_req(a.path, &info("s1")).unwrap();
-    assert_eq!(up, PathUp { session: a.session, name: "s1".into(), first_of_session: true });
+    assert_eq!(up, PathUp { session: a.session, name: "s1".into(), first_of_session: true, evicted: vec![] });
     assert_eq!(t.session(a.session).unwrap().name, Some("s1"));
     assert!(t.begin_close(a.path));
     assert!(!t.begin_close(a.path), "only the first caller tears down");
