@@ -29,7 +29,8 @@ mkdir -p "$logs"
 # A line for each stage that has ended: "passed NAME", "failed NAME", "skipped NAME", "repeated NAME: why". Stages that run
 # beside each other write to it.
 results=$logs/results
-: >"$results"
+# A list may be asked for while a run is under way.
+[[ -n $list ]] || : >"$results"
 
 # wanted TIER NAME: the stage belongs to what is run now.
 wanted() {
