@@ -112,9 +112,9 @@ pub enum Refusal {
         /// The limit.
         most: u16,
     },
-    /// The path's first connection came from another address.
-    #[error("the path began from {0}")]
-    OtherAddress(IpAddr),
+    /// The path's first connection had other addresses: of the client, and of the server.
+    #[error("the path began from {0} to {1}")]
+    OtherAddresses(IpAddr, IpAddr),
     /// A limit, or the source's share of it, is reached.
     #[error("{}", .1.explain(*.2, .0))]
     Limit(Resource, Over, quota::Limit),
@@ -134,7 +134,7 @@ impl Refusal {
             | Refusal::NotConnecting(..)
             | Refusal::CidNum { .. }
             | Refusal::CidTaken(_)
-            | Refusal::OtherAddress(_)
+            | Refusal::OtherAddresses(..)
             | Refusal::Paths => Errno::ECONNRESET,
         }
     }
@@ -374,7 +374,7 @@ impl SessionTable {
         }
         let path = session.and_then(|s| self.find_path(s, request.path_uuid));
         match (session, path) {
-            (_, Some(path)) => self.check_known_path(path, request, src)?,
+            (_, Some(path)) => self.check_known_path(path, request, (src, dst))?,
             (Some(session), None) => self.check_new_path(session, src, dst)?,
             (None, None) => {}
         }
@@ -392,13 +392,18 @@ impl SessionTable {
         Ok(Admitted { session, path, cid, cid_num, new_session, new_path, evicted })
     }
 
-    fn check_known_path(&self, id: PathId, request: &ConnectRequest, src: IpAddr) -> Result<(), Refusal> {
+    fn check_known_path(
+        &self,
+        id: PathId,
+        request: &ConnectRequest,
+        addresses: (IpAddr, IpAddr),
+    ) -> Result<(), Refusal> {
         let Some(path) = self.paths.get(id.0) else { return Ok(()) };
         if path.state != PathState::Connecting {
             return Err(Refusal::NotConnecting(id, path.state));
         }
-        if path.src != src {
-            return Err(Refusal::OtherAddress(path.src));
+        if (path.src, path.dst) != addresses {
+            return Err(Refusal::OtherAddresses(path.src, path.dst));
         }
         if path.cids.cid_num != request.cid_num {
             return Err(Refusal::CidNum { got: request.cid_num, had: path.cids.cid_num });

@@ -31,10 +31,7 @@ impl Program {
             {"subsystem": "rnbd", "config": [
                 {"method": "rnbd_create_listener", "params": {"traddr": address, "provider": "soft-roce"}}]}]});
         std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
-        // Where another user can start it.
-        let program = dir.join("rnbd-target");
-        std::fs::copy(env!("CARGO_BIN_EXE_rnbd-target"), &program).unwrap();
-        let mut command = Command::new(&program);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_rnbd-target"));
         command.arg("-c").arg(dir.join("config.json")).arg("-r").arg(dir.join("rpc.sock"));
         command.arg("--allow-path").arg(dir.join("disks")).args(args);
         let child = command.stderr(Stdio::piped()).spawn().unwrap();

@@ -26,7 +26,10 @@ fn place(network: [u8; 3]) -> (Dir, PathBuf) {
     let dir = Dir::new("rnbd-strangers");
     std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
     let program = dir.join("rnbd-target");
-    std::fs::copy(env!("CARGO_BIN_EXE_rnbd-target"), &program).unwrap();
+    // By another process: what this one has open for writing, a child of another test has, too, until it is a program of its
+    // own, and then the copy cannot be started (ETXTBSY).
+    let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_rnbd-target")).arg(&program).status().unwrap();
+    assert!(copied.success());
     let listener = json!({"traddr": test_support::address(network, 1).to_string(), "provider": "soft-roce"});
     let config = json!({"subsystems": [{"subsystem": "rnbd", "config": [
         {"method": "rnbd_create_listener", "params": listener}]}]});

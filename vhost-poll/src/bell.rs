@@ -15,7 +15,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use io_uring::{IoUring, opcode};
 
@@ -33,8 +33,8 @@ enum Kind {
 
 struct Ring {
     ring: IoUring,
-    /// Somebody rings: the queues of the ring are his.
-    busy: AtomicBool,
+    /// Calls of [`Ring::ring`] that the signal on its way may not cover. Who makes it 1 has the queues of the ring.
+    calls: AtomicU32,
 }
 
 impl std::fmt::Debug for Bell {
@@ -85,16 +85,28 @@ impl Ring {
     fn new(eventfd: &OwnedFd) -> io::Result<Self> {
         let ring = IoUring::new(1)?;
         ring.submitter().register_eventfd(eventfd.as_raw_fd())?;
-        Ok(Self { ring, busy: AtomicBool::new(false) })
+        Ok(Self { ring, calls: AtomicU32::new(0) })
     }
 
     #[inline]
     fn ring(&self) {
-        // Whoever finds it busy was going to wake the same reader.
-        if self.busy.swap(true, Ordering::Acquire) {
+        if self.calls.fetch_add(1, Ordering::AcqRel) > 0 {
             return;
         }
-        // SAFETY: `busy` lets one at a time get here, so these are the only handles of the two queues.
+        // Whoever called while a signal was on its way may have had news that its reader did not see.
+        loop {
+            let covered = self.calls.load(Ordering::Acquire);
+            self.signal();
+            if self.calls.compare_exchange(covered, 0, Ordering::AcqRel, Ordering::Acquire).is_ok() {
+                return;
+            }
+        }
+    }
+
+    /// For who has made `calls` 1.
+    #[inline]
+    fn signal(&self) {
+        // SAFETY: `calls` lets one at a time get here, so these are the only handles of the two queues.
         let (mut submission, mut completion) =
             unsafe { (self.ring.submission_shared(), self.ring.completion_shared()) };
         // An entry that is still there is one that the kernel did not take last time: it is as good.
@@ -110,7 +122,6 @@ impl Ring {
         completion.sync();
         completion.by_ref().for_each(drop);
         completion.sync();
-        self.busy.store(false, Ordering::Release);
     }
 }
 

@@ -95,8 +95,12 @@ impl Isolation {
         if !self.program {
             return Ok(());
         }
-        let one_thread = std::fs::read_dir("/proc/self/task").map_or(1, |tasks| tasks.count()) == 1;
-        debug_assert!(one_thread, "threads that exist would keep what this one gives up");
+        let threads = std::fs::read_dir("/proc/self/task").map_or(1, |tasks| tasks.count());
+        if threads != 1 {
+            return Err(format!(
+                "the program has {threads} threads already, which would keep what one gives up"
+            ));
+        }
         rustix::thread::set_no_new_privs(true).map_err(|e| format!("cannot set no_new_privs: {e}"))?;
         if let Some(kept) = &self.kept {
             identity::take(self.identity.as_ref(), kept)?;

@@ -6,10 +6,11 @@
 
 use std::collections::HashMap;
 use std::fmt::{self, Debug, Write};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use quota::Source;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber, callsite};
 use tracing_subscriber::Layer;
@@ -53,8 +54,8 @@ struct Counts {
 /// Whom a message is about.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Who {
-    /// A host: an IPv6 one has a whole /64.
-    Address(IpAddr),
+    /// A host.
+    Host(Source),
     /// A user of this host, or something else.
     Name(String),
 }
@@ -268,12 +269,8 @@ impl Who {
         let text = &peer.0;
         let first = text.split_whitespace().next().unwrap_or_default();
         let address = first.parse::<SocketAddr>().map(|a| a.ip()).or_else(|_| first.parse::<IpAddr>());
-        match address.map(|a| a.to_canonical()) {
-            Ok(IpAddr::V6(a)) => {
-                let [a, b, c, d, ..] = a.segments();
-                Self::Address(Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0).into())
-            }
-            Ok(a) => Self::Address(a),
+        match address {
+            Ok(ip) => Self::Host(Source::of(ip)),
             Err(_) => Self::Name(text.find("(user ").map_or(text.as_str(), |at| &text[at..]).to_owned()),
         }
     }

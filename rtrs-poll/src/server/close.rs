@@ -7,7 +7,6 @@ use rtrs_proto::errno::Errno;
 use rtrs_proto::handshake;
 use zerocopy::IntoBytes;
 
-use super::connect::queue_bytes;
 use super::{PathEntry, Server, ServerCell};
 use crate::lane::Lane;
 use crate::upper::Upper;
@@ -97,7 +96,7 @@ impl<U: Upper> Server<U> {
     fn trim_later(&mut self, cx: &mut Turn<'_>, entry: &PathEntry) {
         let connections = entry.cons.iter().flatten().count() as u64;
         let before = self.freed;
-        self.freed += connections * queue_bytes(&self.options);
+        self.freed += connections * self.options.queue_bytes();
         if before < WORTH_TRIMMING && self.freed >= WORTH_TRIMMING {
             cx.after(TRIM_DELAY, |cx| {
                 if let Some(cell) = cx.local::<ServerCell<U>>() {

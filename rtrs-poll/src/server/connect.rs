@@ -8,23 +8,16 @@ use reactor::Turn;
 use rtrs_proto::admission::{Admitted, CloseReason, PathId, PathUp, Refusal};
 use rtrs_proto::errno::Errno;
 use rtrs_proto::handshake::{self, ConnectRequest};
-use rtrs_proto::limits::Geometry;
-use rtrs_proto::response::{Keys, Policy, ReadStyle};
 use verbs::{CmId, ConnParams, Device, Qp, QpCaps};
 use zerocopy::IntoBytes;
 
 use super::{ConEntry, ConnRef, PathEntry, Server, ServerCell};
 use crate::cqs::Share;
 use crate::lane::{ConKey, Lane};
-use crate::options::Options;
+use crate::options::{SPARE_RECEIVES, queue_lengths};
 use crate::path::{Identity, Path};
 use crate::session::Session;
 use crate::upper::Upper;
-
-/// Memory of one work request: here, in the provider, and in its device. Measured with soft-roce.
-const BYTES_PER_REQUEST: u64 = 192;
-/// Receives beyond the queue depth, for heartbeats and their answers.
-const SPARE_RECEIVES: u32 = 16;
 
 impl<U: Upper> Server<U> {
     #[expect(clippy::too_many_arguments, reason = "a connect request has these parts")]
@@ -38,16 +31,13 @@ impl<U: Upper> Server<U> {
         local: SocketAddr,
         peer: SocketAddr,
     ) {
-        if let Err((errno, why)) = self.judge_connection(cx, private, local.ip(), peer.ip()) {
-            return self.refuse(cm, id, peer, errno, &why);
-        }
-        let admitted = match self.admit(cx, private, local.ip(), peer.ip()) {
-            Ok(a) => a,
+        let (request, admitted) = match self.admit(cx, private, local.ip(), peer.ip()) {
+            Ok(admitted) => admitted,
             Err((errno, why)) => return self.refuse(cm, id, peer, errno, &why),
         };
         self.make_room(cx, &admitted.evicted);
         let result = self
-            .path_of(cx, cm, id, private, &admitted, local, peer)
+            .path_of(cx, cm, id, &request, &admitted, local, peer)
             .and_then(|tag| self.create_con(cx, cm, id, ack_delay, tag, admitted.cid));
         if let Err(why) = result {
             self.refuse(cm, id, peer, Errno::ENOMEM, &why);
@@ -60,22 +50,24 @@ impl<U: Upper> Server<U> {
 
     fn admit(
         &mut self,
-        cx: &Turn<'_>,
+        cx: &mut Turn<'_>,
         private: &[u8],
         local: IpAddr,
         peer: IpAddr,
-    ) -> Result<Admitted, (Errno, String)> {
+    ) -> Result<(ConnectRequest, Admitted), (Errno, String)> {
         if self.stopping {
             return Err((Errno::ECONNRESET, "the server is shutting down".into()));
         }
         let refusal = |r: Refusal| (r.errno(), r.to_string());
         let request = ConnectRequest::parse(private).map_err(|e| refusal(Refusal::Malformed(e)))?;
+        self.judge_connection(cx, &request, peer)?;
         // Whoever has a device open is a client, whatever comes.
         for entry in self.paths.values().filter(|e| e.path.session.has_opened()) {
             self.table.remember(entry.path.peer.ip());
         }
         let expected = self.events.borrow().expects(peer);
-        self.table.admit(self.now_ns(cx.now), &request, peer, local, expected).map_err(refusal)
+        let admitted = self.table.admit(self.now_ns(cx.now), &request, peer, local, expected);
+        Ok((request, admitted.map_err(refusal)?))
     }
 
     /// Closes paths that the session table has picked for it.
@@ -121,7 +113,7 @@ impl<U: Upper> Server<U> {
         cx: &Turn<'_>,
         cm: usize,
         id: CmId,
-        private: &[u8],
+        request: &ConnectRequest,
         admitted: &Admitted,
         local: SocketAddr,
         peer: SocketAddr,
@@ -129,7 +121,6 @@ impl<U: Upper> Server<U> {
         if let Some(tag) = self.tags.get(&admitted.path) {
             return Ok(*tag);
         }
-        let request = ConnectRequest::parse(private).map_err(|e| e.to_string())?;
         let device = self.cms[cm].device(id).ok_or("the connection has no device")?;
         let depth = self.options.geometry.queue_depth();
         let session = self.sessions.entry(admitted.session).or_insert_with(|| {
@@ -345,7 +336,7 @@ impl<U: Upper> Server<U> {
     }
 }
 
-/// Work requests per queue: each answer is one, with rotating keys or separate invalidations up to five.
+/// Work requests per queue, as the device allows.
 fn queue_sizes(path: &Path, device: &Arc<dyn Device>) -> QpCaps {
     let most = device.info().max_qp_wr;
     let (send, receive) = queue_lengths(path.geometry, path.policy);
@@ -356,21 +347,4 @@ fn queue_sizes(path: &Path, device: &Arc<dyn Device>) -> QpCaps {
         max_recv_sge: 1,
         domain: path.domain,
     }
-}
-
-/// Sends and receives that a connection can have waiting.
-fn queue_lengths(geometry: Geometry, policy: Policy) -> (u32, u32) {
-    let depth = u32::from(geometry.queue_depth());
-    let per_request = match (policy.keys, policy.reads) {
-        (Keys::Rotating, _) => 5,
-        (Keys::Static, ReadStyle::Invalidate) => 3,
-        (Keys::Static, ReadStyle::OneMessage) => 1,
-    };
-    (depth * per_request + 64, depth + SPARE_RECEIVES + 1)
-}
-
-/// Bytes that the queues of one connection take, about.
-pub(super) fn queue_bytes(options: &Options) -> u64 {
-    let (send, receive) = queue_lengths(options.geometry, options.policy());
-    u64::from(send + receive) * BYTES_PER_REQUEST
 }

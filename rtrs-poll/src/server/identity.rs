@@ -1,5 +1,5 @@
-//! Whose a path is: all its connections come from one address, all paths of a session have one name, and the layer above
-//! says which addresses belong together.
+//! Whose a path is: all paths of a session have one name, and the layer above says which addresses belong together. (That all
+//! connections of a path have the same addresses is the session table's rule.)
 //!
 //! Two moments count. A connection request tells uuids: a path that would join a session that is up is judged there, so that
 //! its client hears an errno. INFO_REQ tells the name, and nothing counts before it: everything is judged there again, and
@@ -22,26 +22,18 @@ pub(super) struct Claim {
 }
 
 impl<U: Upper> Server<U> {
-    /// May this connection be part of the path, and the path of the session, that its request names? What makes no sense
-    /// is left to the table.
+    /// May the path that a request begins be part of the session that it names? A path that is there has been judged, and
+    /// what makes no sense is left to the table.
     pub(super) fn judge_connection(
         &mut self,
         cx: &mut Turn<'_>,
-        private: &[u8],
-        local: IpAddr,
+        request: &ConnectRequest,
         peer: IpAddr,
     ) -> Result<(), (Errno, String)> {
-        let Ok(request) = ConnectRequest::parse(private) else { return Ok(()) };
         let known = self.table.sessions().find(|s| s.uuid == request.session_uuid).map(|s| s.id);
         let Some(session) = known else { return Ok(()) };
-        let path = self.table.paths().find(|p| p.session == session && p.uuid == request.path_uuid);
-        if let Some(path) = path {
-            return if same(path.src, peer) && same(path.dst, local) {
-                Ok(())
-            } else {
-                let why = format!("{} began from {} to {}", path.id, path.src, path.dst);
-                Err((Errno::ECONNRESET, why))
-            };
+        if self.table.paths().any(|p| p.session == session && p.uuid == request.path_uuid) {
+            return Ok(());
         }
         let Some(name) = self.sessions.get(&session).map(|s| s.name().to_owned()) else { return Ok(()) };
         match self.judge_join(session, &name, peer) {
@@ -144,8 +136,4 @@ impl<U: Upper> Server<U> {
             self.close_path(cx, tag, "the session is somebody else's");
         }
     }
-}
-
-fn same(a: IpAddr, b: IpAddr) -> bool {
-    a.to_canonical() == b.to_canonical()
 }

@@ -43,6 +43,7 @@ pub trait SessionEvents {
     fn expects(&self, _peer: IpAddr) -> bool {
         false
     }
+
     /// The first path of a session came up, from `peer`.
     fn session_up(&mut self, cx: &mut Turn<'_>, session: &Arc<Session>);
     /// Its last path is gone and nothing of it is in flight: close its devices.
@@ -417,15 +418,16 @@ impl<U: Upper> Server<U> {
 
 /// What the operator has chosen, for the session table.
 fn limits(options: &Options) -> Limits {
-    Limits {
+    let limits = Limits {
         max_sessions: options.max_sessions as usize,
         max_paths: options.max_paths as usize,
         max_connections: options.max_connections as usize,
-        max_memory: options.max_memory.unwrap_or_else(|| iobuf::usable_memory() / 2),
         path_bytes: options.geometry.total_bytes().into(),
-        connection_bytes: connect::queue_bytes(options),
+        connection_bytes: options.queue_bytes(),
         share_percent: options.share_percent,
         half_open_ns: options.half_open_timeout.as_nanos() as u64,
         ..Limits::default()
-    }
+    };
+    let half = || (iobuf::usable_memory() / 2).max(limits.usual_path());
+    Limits { max_memory: options.max_memory.unwrap_or_else(half), ..limits }
 }

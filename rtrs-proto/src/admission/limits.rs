@@ -48,14 +48,23 @@ impl Default for Limits {
     }
 }
 
+/// Connections of a path that a client has on a machine of usual size: one more than it has CPUs.
+const USUAL_CONNECTIONS: u16 = 65;
+
 impl Limits {
+    /// Bytes of a path as clients have them: a source gets at least so much.
+    pub fn usual_path(&self) -> u64 {
+        let connections = u64::from(USUAL_CONNECTIONS.min(self.max_cid_num));
+        self.path_bytes.saturating_add(self.connection_bytes.saturating_mul(connections))
+    }
+
     /// The bound on a resource.
     pub fn of(&self, resource: Resource) -> Limit {
         let (total, unit) = match resource {
             Resource::Sessions => (self.max_sessions as u64, 1),
             Resource::Paths => (self.max_paths as u64, 1),
             Resource::Connections => (self.max_connections as u64, 1),
-            Resource::Memory => (self.max_memory, self.path_bytes),
+            Resource::Memory => (self.max_memory, self.usual_path()),
         };
         Limit::new(total, self.share_percent, unit)
     }

@@ -132,10 +132,13 @@ fn a_path_of_too_many_connections_is_refused() {
 }
 
 #[test]
-fn a_path_is_of_one_address() {
+fn a_path_has_one_pair_of_addresses() {
     let mut t = table(Limits::default());
     admit(&mut t, 0, &request(1, 1, 0, 3), 1, 0).unwrap();
-    assert_eq!(admit(&mut t, 0, &request(1, 1, 1, 3), 2, 0), Err(Refusal::OtherAddress(ip(1))));
+    for (src, dst) in [(2, 0), (1, 9)] {
+        let refusal = admit(&mut t, 0, &request(1, 1, 1, 3), src, dst).unwrap_err();
+        assert_eq!(refusal, Refusal::OtherAddresses(ip(1), ip(0)));
+    }
 }
 
 #[test]

@@ -127,16 +127,15 @@ fn set_options(app: &mut App, p: &SetOptions) -> Result<bool, RpcError> {
             return Err(invalid(METHOD, name, format!("{name} must be at least 1")));
         }
     }
-    if p.max_memory.is_some_and(|most| most < u64::from(geometry.total_bytes())) {
-        let one = geometry.total_bytes();
-        return Err(invalid(
-            METHOD,
-            "max_memory",
-            format!("one path needs {one} bytes for its chunks, so max_memory must be more"),
-        ));
-    }
     if p.max_share_percent.is_some_and(|percent| !(1..=100).contains(&percent)) {
         return Err(invalid(METHOD, "max_share_percent", "max_share_percent must be 1 to 100"));
+    }
+    let mut options = state(app)?.borrow().options.clone();
+    apply_options(&mut options, p, geometry);
+    let least = options.least_memory();
+    if let Some(most) = options.max_memory.filter(|most| *most < least) {
+        let text = format!("max_memory {most}: one path needs {least} bytes for its chunks and queues");
+        return Err(invalid(METHOD, "max_memory", text));
     }
     let exports = exports(app)?;
     let mut exports = exports.borrow_mut();
@@ -145,7 +144,7 @@ fn set_options(app: &mut App, p: &SetOptions) -> Result<bool, RpcError> {
     if open_files && let Some(problem) = files::problem(&search_path) {
         return Err(invalid(METHOD, "open_files", problem));
     }
-    apply_options(&mut state(app)?.borrow_mut().options, p, geometry);
+    state(app)?.borrow_mut().options = options;
     exports.search_path = search_path;
     exports.open_files = open_files;
     exports.open_files_read_only = p.open_files_read_only.unwrap_or(exports.open_files_read_only);

@@ -55,6 +55,6 @@ pub(super) const TEXTS: &[MethodText] = &[
     (
         "rnbd_set_options",
         "true",
-        "Queue depth, sizes, limits and times of the RNBD server; what is absent stays. `offer_bdevs`: clients get bdevs that no export, layer or module uses by their own names; false: never; absent: until anything is exported by any front end. `open_files`: files and block devices below `dev_search_path`, which must then begin with a directory other than /; for reading only, unless `open_files_read_only` is false. `bind_sessions`: later paths of a session come from the address of an earlier one, unless `allow` entries have theirs; off by default, since clients with several ports have several addresses.",
+        "Queue depth, sizes, limits and times of the RNBD server; what is absent stays. `max_memory`: bytes of chunks and queues of all clients, by default half of the memory that the program may use. `max_share_percent`: what one address may have of each limit, by default 25; see rnbd_get_limits. `offer_bdevs`: clients get bdevs that no export, layer or module uses by their own names; false: never; absent: until anything is exported by any front end. `open_files`: files and block devices below `dev_search_path`, which must then begin with a directory other than /; for reading only, unless `open_files_read_only` is false. `bind_sessions`: later paths of a session come from the address of an earlier one, unless `allow` entries have theirs; off by default, since clients with several ports have several addresses.",
     ),
 ];

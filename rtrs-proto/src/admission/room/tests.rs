@@ -183,3 +183,16 @@ fn chunks_count_when_a_path_comes_up() {
     assert!(matches!(refused, CloseReason::Memory(Over::Reserved, _)), "{refused}");
     assert_eq!(used(&t, Resource::Memory), 4 * 201 + 1);
 }
+
+#[test]
+fn a_small_budget_lets_one_client_in() {
+    let limits = Limits { max_memory: 150, path_bytes: 66, connection_bytes: 1, ..Limits::default() };
+    let mut t = table(limits);
+    let a = admit(&mut t, 0, &request(1, 1, 0, 60), 1, 0).unwrap();
+    t.prove(a.path).unwrap();
+    for cid in 1..60 {
+        admit(&mut t, 0, &request(1, 1, cid, 60), 1, 0).unwrap();
+    }
+    t.info_req(a.path, &info("s")).unwrap();
+    assert!(half_open(&mut t, 0, 2, 2).is_err(), "there is no room for another");
+}
